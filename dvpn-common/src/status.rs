@@ -1,0 +1,156 @@
+//! What the daemon says of itself: the document behind `/health`, the D-Bus properties and the clients' displays.
+//! It holds nothing private: no key, token, address of the user or destination.
+
+use std::net::SocketAddr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{ProviderId, Region};
+
+/// The states of a session, by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StateName {
+    /// No tunnel wanted, or not possible until something is configured.
+    Disconnected,
+    /// Asking the pool.
+    Discovering,
+    /// Measuring latency.
+    Probing,
+    /// Checking payment and asking for approval.
+    Authorizing,
+    /// Asking the orchestrator for a fallback provider.
+    Provisioning,
+    /// Tunnel configured, no handshake yet.
+    Connecting,
+    /// Traffic flows.
+    Connected,
+    /// Traffic stalls; being repaired.
+    Degraded,
+    /// Tunnel going down.
+    Disconnecting,
+    /// Waiting before the next attempt.
+    Backoff,
+    /// Refused for good until somebody acts; traffic stays blocked.
+    Blocked,
+}
+
+impl StateName {
+    /// Every state.
+    pub const ALL: [Self; 11] = [
+        Self::Disconnected,
+        Self::Discovering,
+        Self::Probing,
+        Self::Authorizing,
+        Self::Provisioning,
+        Self::Connecting,
+        Self::Connected,
+        Self::Degraded,
+        Self::Disconnecting,
+        Self::Backoff,
+        Self::Blocked,
+    ];
+
+    /// The name as it stands in JSON, D-Bus and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Disconnected => "disconnected",
+            Self::Discovering => "discovering",
+            Self::Probing => "probing",
+            Self::Authorizing => "authorizing",
+            Self::Provisioning => "provisioning",
+            Self::Connecting => "connecting",
+            Self::Connected => "connected",
+            Self::Degraded => "degraded",
+            Self::Disconnecting => "disconnecting",
+            Self::Backoff => "backoff",
+            Self::Blocked => "blocked",
+        }
+    }
+}
+
+/// How a latency was measured. Figures of different methods are never compared unlabelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProbeMethod {
+    /// The authenticated UDP echo of [`crate::echo`].
+    Echo,
+    /// ICMP echo to the endpoint's address.
+    Icmp,
+}
+
+/// One candidate of the last attempt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CandidateStatus {
+    /// Its id.
+    pub id: ProviderId,
+    /// Where it stands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<Region>,
+    /// Median round trip in milliseconds; nothing if it did not answer.
+    pub latency_ms: Option<f64>,
+    /// How that was measured.
+    pub method: Option<ProbeMethod>,
+}
+
+/// What went wrong last, in words a person can act on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What failed, on what.
+    pub what: String,
+    /// What to do about it.
+    pub how: String,
+}
+
+/// What is known of the payment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PaymentStatus {
+    /// No token, or never asked.
+    Unknown,
+    /// Verified and not over.
+    Paid,
+    /// The payment server says no.
+    Unpaid,
+}
+
+/// The whole status.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the daemon.
+    pub version: String,
+    /// Where the session is.
+    pub state: StateName,
+    /// Since when.
+    pub since: Timestamp,
+    /// The stored wish: connect again after a restart.
+    pub autostart: bool,
+    /// The provider in use or being connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provider: Option<CandidateStatus>,
+    /// Everything measured in the last attempt.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub candidates: Vec<CandidateStatus>,
+    /// What is known of the payment.
+    pub payment: PaymentStatus,
+    /// When the verified subscription ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paid_until: Option<Timestamp>,
+    /// What went wrong last; nothing while all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Problem>,
+    /// Where applications find the SOCKS5 proxy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socks5: Option<SocketAddr>,
+    /// Attempts since the daemon started.
+    pub attempts: u64,
+    /// Changes of provider without being told to, since the daemon started.
+    pub switches: u64,
+    /// Bytes received from the provider on this tunnel.
+    pub rx_bytes: u64,
+    /// Bytes sent to the provider on this tunnel.
+    pub tx_bytes: u64,
+    /// True when the WireGuard key is the configured one and not made fresh.
+    pub static_key: bool,
+}

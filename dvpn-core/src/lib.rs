@@ -1,0 +1,64 @@
+//! Every decision DVPN makes, and no I/O: nothing here reads a clock, a socket, a file or a variable.
+//!
+//! | module | decides |
+//! |---|---|
+//! | [`session`] | what happens next: the state machine |
+//! | [`selection`] | which providers are measured, and which is taken |
+//! | [`directory`] | whether a provider list is believed |
+//! | [`payment`] | paid, not paid, or cannot tell |
+//! | [`approval`] | whether a tunnel may exist |
+//! | [`firewall`] | what may pass in which state |
+//! | [`config`] | what the operator asked for |
+//! | [`seal`] | whether a stored secret is ours and whole |
+//! | [`audit`] | what is worth recording |
+
+pub mod approval;
+pub mod audit;
+pub mod config;
+pub mod directory;
+pub mod firewall;
+pub mod payment;
+pub mod seal;
+pub mod selection;
+pub mod session;
+
+use std::{fmt, time::Instant};
+
+use jiff::Timestamp;
+
+/// The time of an input, on both clocks. The caller reads them; nothing in this crate does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Now {
+    /// Monotonic: for timeouts.
+    pub instant: Instant,
+    /// Wall clock: for what others signed or dated.
+    pub wall: Timestamp,
+}
+
+/// What to do after a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// At once: with the next candidate.
+    Now,
+    /// After a growing pause.
+    Backoff,
+    /// Not until somebody acts.
+    Never,
+}
+
+/// A failure as the session and its users see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// What failed, on what.
+    pub what: String,
+    /// What to do about it.
+    pub how: String,
+    /// Whether trying again can help.
+    pub retry: Retry,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.how)
+    }
+}

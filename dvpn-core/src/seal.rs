@@ -1,0 +1,1 @@
+//! Sealed records: whole, ours, or refused.

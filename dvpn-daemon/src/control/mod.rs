@@ -1,0 +1,1 @@
+//! Control: one set of commands and one status, served over D-Bus and HTTP.

@@ -1,0 +1,1 @@
+//! The driver: wait, feed the session machine, act, publish.

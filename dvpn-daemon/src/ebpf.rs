@@ -1,0 +1,1 @@
+//! The tc programs: load, attach, pin, read.

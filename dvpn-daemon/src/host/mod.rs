@@ -1,0 +1,1 @@
+//! The only module that changes the machine. It executes no tc, nft, ip or wg.

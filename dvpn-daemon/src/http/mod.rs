@@ -1,0 +1,1 @@
+//! HTTPS clients with limits: size, time, version, no redirects, no proxy environment.

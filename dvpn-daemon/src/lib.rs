@@ -1,0 +1,30 @@
+//! The DVPN daemon: all I/O. `dvpn-core` decides; the modules here ask, measure, configure and serve.
+//!
+//! | module | does |
+//! |---|---|
+//! | [`driver`] | feeds the session machine and carries out its actions |
+//! | [`host`] | the only module that changes the machine: links, addresses, rules, nftables |
+//! | [`tunnel`] | WireGuard devices behind one trait |
+//! | [`http`] | pool, payment and orchestrator clients |
+//! | [`probe`] | latency of candidates |
+//! | [`socks5`], [`resolve`] | the proxy and its names, through the tunnel or not at all |
+//! | [`provider`] | the provider side: registration, peers, NAT, echo |
+//! | [`ebpf`] | tc programs: load, attach, pin, read |
+//! | [`control`] | D-Bus, /health, /metrics |
+//! | [`settings`], [`state`] | what the operator said, what was stored |
+//! | [`audit`], [`logs`] | the audit stream, the log and its tail |
+
+pub mod audit;
+pub mod control;
+pub mod driver;
+pub mod ebpf;
+pub mod host;
+pub mod http;
+pub mod logs;
+pub mod probe;
+pub mod provider;
+pub mod resolve;
+pub mod settings;
+pub mod socks5;
+pub mod state;
+pub mod tunnel;

@@ -1,0 +1,3 @@
+//! The DVPN system service.
+
+fn main() {}

@@ -1,0 +1,116 @@
+//! WireGuard devices behind one trait, so that kernel and userspace backends are interchangeable.
+
+use std::{net::SocketAddr, time::Duration};
+
+use dvpn_common::keys::{PrivateKey, PublicKey};
+use futures::future::BoxFuture;
+use ipnetwork::IpNetwork;
+
+/// Name of the interface on which we are a client.
+pub const CLIENT_INTERFACE: &str = "dvpn0";
+/// Name of the interface on which we are a provider.
+pub const PROVIDER_INTERFACE: &str = "dvpnp0";
+/// Mark of every packet that the daemon itself sends outside the tunnel.
+pub const FWMARK: u32 = 0x0d00_0000;
+/// Inner MTU when nothing better is known: 1500 − 80.
+pub const DEFAULT_MTU_BYTES: u16 = 1420;
+/// The least MTU that IPv6 allows (RFC 8200, section 5).
+pub const MIN_MTU_BYTES: u16 = 1280;
+
+/// A device as it should be.
+pub struct TunnelConfig {
+    /// Interface name, at most 15 bytes.
+    pub interface: String,
+    /// Our key.
+    pub private_key: PrivateKey,
+    /// Outer UDP port; 0 takes any.
+    pub listen_port: u16,
+    /// Mark on outer packets.
+    pub fwmark: u32,
+    /// Inner MTU in bytes.
+    pub mtu_bytes: u16,
+    /// Peers from the start.
+    pub peers: Vec<PeerConfig>,
+}
+
+/// A peer as it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerConfig {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// Its outer address; a provider learns its clients' from their handshakes.
+    pub endpoint: Option<SocketAddr>,
+    /// Inner prefixes routed to it and accepted from it.
+    pub allowed_ips: Vec<IpNetwork>,
+    /// Persistent keepalive.
+    pub keepalive: Option<Duration>,
+}
+
+/// A peer as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerStats {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// Where its last authenticated packet came from.
+    pub endpoint: Option<SocketAddr>,
+    /// Age of the last handshake.
+    pub last_handshake: Option<Duration>,
+    /// Bytes received from it.
+    pub rx_bytes: u64,
+    /// Bytes sent to it.
+    pub tx_bytes: u64,
+}
+
+/// Why a tunnel operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The interface could not be made.
+    #[error("creating the tunnel interface {interface}: give the daemon CAP_NET_ADMIN and /dev/net/tun")]
+    Create {
+        /// Which.
+        interface: String,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The outer UDP socket could not be opened.
+    #[error("opening the WireGuard socket on UDP port {port}")]
+    Socket {
+        /// Which.
+        port: u16,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No such peer.
+    #[error("no peer {0} on this tunnel")]
+    NoPeer(PublicKey),
+    /// No answer to a handshake in time.
+    #[error("no handshake with {0} within {1:?}")]
+    NoHandshake(PublicKey, Duration),
+    /// The device does not answer any more.
+    #[error("the tunnel device {0} has stopped")]
+    Stopped(String),
+}
+
+/// A running WireGuard device. Dropping it takes the interface down; [`Tunnel::close`] waits until it is gone.
+pub trait Tunnel: Send + Sync {
+    /// The interface's name.
+    fn interface(&self) -> &str;
+    /// Adds or replaces peers.
+    fn set_peers(&self, peers: Vec<PeerConfig>) -> BoxFuture<'_, Result<(), Error>>;
+    /// Removes a peer; one that is not there is no error.
+    fn remove_peer(&self, peer: PublicKey) -> BoxFuture<'_, Result<(), Error>>;
+    /// All peers as they are.
+    fn stats(&self) -> BoxFuture<'_, Result<Vec<PeerStats>, Error>>;
+    /// Shakes hands now and waits for the answer, at most `timeout`.
+    fn force_handshake(&self, peer: PublicKey, timeout: Duration) -> BoxFuture<'_, Result<(), Error>>;
+    /// Replaces the outer socket.
+    fn rebind(&self) -> BoxFuture<'_, Result<(), Error>>;
+    /// The outer port in use.
+    fn listen_port(&self) -> BoxFuture<'_, Result<u16, Error>>;
+    /// Resolves when the device has died by itself: socket error, interface deleted.
+    fn died(&self) -> BoxFuture<'_, String>;
+    /// Takes everything down and waits until the interface is gone.
+    fn close(self: Box<Self>) -> BoxFuture<'static, ()>;
+}

@@ -1,0 +1,3 @@
+//! The DVPN tc programs.
+
+fn main() {}

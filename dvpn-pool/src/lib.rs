@@ -1,0 +1,1 @@
+//! The reference pool: list, approvals, payments, orchestrator.

@@ -1,0 +1,3 @@
+//! The DVPN pool server.
+
+fn main() {}

@@ -80,6 +80,16 @@ pub enum ProbeMethod {
     Icmp,
 }
 
+impl ProbeMethod {
+    /// The name as it stands in JSON and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Echo => "echo",
+            Self::Icmp => "icmp",
+        }
+    }
+}
+
 /// One candidate of the last attempt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CandidateStatus {

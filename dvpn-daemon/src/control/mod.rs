@@ -1,1 +1,153 @@
-//! Control: one set of commands and one status, served over D-Bus and HTTP.
+//! Control: one set of commands and one status, served over D-Bus ([`dbus`]) and HTTP ([`http`]).
+//!
+//! Both servers are thin: they identify the caller and call [`Control`]. Whatever changes the session goes to the
+//! driver as a [`Command`]; whatever is read comes from the one `watch` of [`Status`].
+
+pub mod dbus;
+pub mod http;
+pub mod metrics;
+pub mod payments;
+
+use dvpn_common::status::Status;
+use dvpn_core::{
+    audit::{Event, Verdict},
+    session::Choice,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{audit::Audit, logs::Tail};
+use payments::{Checkout, Payments};
+
+/// Most log lines one call returns.
+pub const MAX_LOG_LINES: u32 = 500;
+
+/// Who calls, as the transport vouches for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    /// The Unix user, from the bus daemon.
+    pub uid: u32,
+}
+
+/// What the driver is asked to do. The answer comes when it is done, not when it is heard.
+#[derive(Debug)]
+pub enum Command {
+    /// Begin a session.
+    Start(oneshot::Sender<()>),
+    /// End it.
+    Stop(oneshot::Sender<()>),
+    /// Use only these providers from the next attempt on.
+    Choose(Choice, oneshot::Sender<()>),
+    /// The token changed.
+    TokenChanged,
+    /// End the daemon; what blocks goes on blocking.
+    Exit(oneshot::Sender<()>),
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not this caller.
+    #[error("user {uid} may not do this: run it as root")]
+    Denied {
+        /// Who asked.
+        uid: u32,
+    },
+    /// The driver is gone: the daemon is ending.
+    #[error("the daemon is shutting down: start it again with systemctl start dvpn")]
+    Ending,
+    /// An argument does not read.
+    #[error("{0}")]
+    Argument(String),
+    /// The checkout did not begin.
+    #[error(transparent)]
+    Payment(#[from] payments::Error),
+}
+
+/// The one handle both servers share.
+#[derive(Clone)]
+pub struct Control {
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<Status>,
+    tail: Tail,
+    audit: Audit,
+    payments: Payments,
+    own_uid: u32,
+}
+
+impl Control {
+    /// Makes the handle; `own_uid` is the user the daemon runs as, who may control it like root.
+    pub fn new(
+        commands: mpsc::Sender<Command>,
+        status: watch::Receiver<Status>,
+        tail: Tail,
+        audit: Audit,
+        payments: Payments,
+        own_uid: u32,
+    ) -> Self {
+        Self { commands, status, tail, audit, payments, own_uid }
+    }
+
+    /// The status, as a channel that wakes on change.
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.status.clone()
+    }
+
+    /// Begins a session.
+    pub async fn start(&self, caller: Caller) -> Result<(), Error> {
+        self.authorize(caller, "start")?;
+        self.send(Command::Start).await
+    }
+
+    /// Ends the session.
+    pub async fn stop(&self, caller: Caller) -> Result<(), Error> {
+        self.authorize(caller, "stop")?;
+        self.send(Command::Stop).await
+    }
+
+    /// Narrows the providers: each entry is an id or `region:NAME`; two empty lists lift every limit.
+    pub async fn choose(&self, caller: Caller, only: &[String], exclude: &[String]) -> Result<(), Error> {
+        self.authorize(caller, "choose")?;
+        let choice = dvpn_core::config::parse_choice(only, exclude).map_err(Error::Argument)?;
+        self.send(|done| Command::Choose(choice, done)).await
+    }
+
+    /// Ends the daemon. What blocks traffic goes on blocking it.
+    pub async fn exit(&self, caller: Caller) -> Result<(), Error> {
+        self.authorize(caller, "exit")?;
+        self.send(Command::Exit).await
+    }
+
+    /// The last `lines` log lines.
+    pub fn logs(&self, caller: Caller, lines: u32) -> Result<Vec<String>, Error> {
+        self.authorize(caller, "logs")?;
+        Ok(self.tail.last(usize::try_from(lines.min(MAX_LOG_LINES)).unwrap_or(0)))
+    }
+
+    /// Begins a checkout, or returns the one that is open.
+    pub async fn payments(&self, caller: Caller) -> Result<Checkout, Error> {
+        self.authorize(caller, "payments")?;
+        Ok(self.payments.checkout(self.commands.clone()).await?)
+    }
+
+    /// The whole status, as JSON.
+    pub fn status_json(&self, caller: Caller) -> Result<String, Error> {
+        self.authorize(caller, "status")?;
+        serde_json::to_string(&*self.status.borrow()).map_err(|error| Error::Argument(error.to_string()))
+    }
+
+    fn authorize(&self, caller: Caller, command: &str) -> Result<(), Error> {
+        let allowed = caller.uid == 0 || caller.uid == self.own_uid;
+        let verdict = if allowed { Verdict::Allowed } else { Verdict::Denied };
+        // Reading changes nothing; only a denied read is worth a record.
+        if !(allowed && matches!(command, "logs" | "status")) {
+            self.audit.record(&Event::Command { command: command.to_owned(), uid: caller.uid, verdict });
+        }
+        if allowed { Ok(()) } else { Err(Error::Denied { uid: caller.uid }) }
+    }
+
+    async fn send(&self, command: impl FnOnce(oneshot::Sender<()>) -> Command) -> Result<(), Error> {
+        let (done, wait) = oneshot::channel();
+        self.commands.send(command(done)).await.ok().ok_or(Error::Ending)?;
+        wait.await.ok().ok_or(Error::Ending)
+    }
+}

@@ -1,0 +1,182 @@
+//! `org.dvpn.Daemon1` on the system bus.
+//!
+//! The caller is the user that the bus daemon names for the sender's unique name; a process id is never asked for, and
+//! any doubt denies. The object exists before the name is requested, so nobody ever meets an empty name. Properties are
+//! broadcast to everybody and hold nothing private: details are in the replies of `Status`, `Payments` and `Logs`.
+
+use std::collections::HashMap;
+
+use dvpn_common::{
+    dbus::{NAME, PATH},
+    status::Status,
+};
+use tokio::sync::watch;
+use zbus::{
+    Connection, connection, fdo,
+    fdo::RequestNameFlags,
+    message::Header,
+    object_server::InterfaceRef,
+    zvariant::{OwnedValue, Value},
+};
+
+use super::{Caller, Control, Error};
+
+impl From<Error> for fdo::Error {
+    fn from(error: Error) -> Self {
+        let text = error.to_string();
+        match error {
+            Error::Denied { .. } => Self::AccessDenied(text),
+            Error::Argument(_) => Self::InvalidArgs(text),
+            Error::Ending | Error::Payment(_) => Self::Failed(text),
+        }
+    }
+}
+
+/// The one object.
+pub struct Daemon {
+    control: Control,
+}
+
+/// Resolves the sender to a user; every error is a denial.
+async fn caller(header: &Header<'_>, connection: &Connection) -> fdo::Result<Caller> {
+    let denied = || fdo::Error::AccessDenied("the bus does not say who is calling".into());
+    let sender = header.sender().ok_or_else(denied)?.to_owned();
+    let bus = fdo::DBusProxy::new(connection).await?;
+    let uid = bus.get_connection_unix_user(sender.into()).await.ok().ok_or_else(denied)?;
+    Ok(Caller { uid })
+}
+
+#[zbus::interface(name = "org.dvpn.Daemon1")]
+impl Daemon {
+    /// Begins a session and stores the wish for one.
+    async fn start(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<()> {
+        Ok(self.control.start(caller(&header, connection).await?).await?)
+    }
+
+    /// Ends the session and stores the wish for none.
+    async fn stop(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<()> {
+        Ok(self.control.stop(caller(&header, connection).await?).await?)
+    }
+
+    /// Limits the providers: ids or `region:NAME`; two empty lists lift the limits.
+    async fn choose(
+        &self,
+        only: Vec<String>,
+        exclude: Vec<String>,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<()> {
+        Ok(self.control.choose(caller(&header, connection).await?, &only, &exclude).await?)
+    }
+
+    /// The last `lines` lines of the log.
+    async fn logs(
+        &self,
+        lines: u32,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<Vec<String>> {
+        Ok(self.control.logs(caller(&header, connection).await?, lines)?)
+    }
+
+    /// Begins a checkout or returns the open one: what to pay, where, until when. Never a token.
+    async fn payments(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<HashMap<String, OwnedValue>> {
+        let checkout = self.control.payments(caller(&header, connection).await?).await?;
+        let mut reply = HashMap::new();
+        for (key, value) in checkout.fields() {
+            let value = Value::from(value).try_into_owned().map_err(|error| fdo::Error::Failed(error.to_string()))?;
+            reply.insert(key.to_owned(), value);
+        }
+        Ok(reply)
+    }
+
+    /// The whole status as JSON.
+    async fn status(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<String> {
+        Ok(self.control.status_json(caller(&header, connection).await?)?)
+    }
+
+    /// Ends the daemon; what blocks traffic goes on blocking it.
+    async fn exit(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<()> {
+        Ok(self.control.exit(caller(&header, connection).await?).await?)
+    }
+
+    /// Version of the daemon.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> String {
+        env!("CARGO_PKG_VERSION").to_owned()
+    }
+
+    /// Name of the session's state.
+    #[zbus(property)]
+    fn state(&self) -> String {
+        self.control.status.borrow().state.as_str().to_owned()
+    }
+
+    /// Since when it is in that state, Unix seconds.
+    #[zbus(property)]
+    fn since(&self) -> i64 {
+        self.control.status.borrow().since.as_second()
+    }
+
+    /// Whether a restart goes on with a session.
+    #[zbus(property)]
+    fn autostart(&self) -> bool {
+        self.control.status.borrow().autostart
+    }
+}
+
+/// Serves the object, takes the name, and announces changes until the connection ends. Returns the connection; dropping
+/// it gives the name back.
+pub async fn serve(control: Control) -> zbus::Result<Connection> {
+    let status = control.status();
+    let connection = connection::Builder::system()?.serve_at(PATH, Daemon { control })?.build().await?;
+    connection.request_name_with_flags(NAME, RequestNameFlags::DoNotQueue.into()).await?;
+    let interface = connection.object_server().interface::<_, Daemon>(PATH).await?;
+    tokio::spawn(announce(interface, status));
+    Ok(connection)
+}
+
+/// The one place that emits `PropertiesChanged`.
+async fn announce(interface: InterfaceRef<Daemon>, mut status: watch::Receiver<Status>) {
+    let mut last = status.borrow_and_update().clone();
+    while status.changed().await.is_ok() {
+        let now = status.borrow_and_update().clone();
+        let emitter = interface.signal_emitter();
+        let daemon = interface.get().await;
+        let mut sent = Ok(());
+        if now.state != last.state {
+            sent = sent.and(daemon.state_changed(emitter).await);
+        }
+        if now.since != last.since {
+            sent = sent.and(daemon.since_changed(emitter).await);
+        }
+        if now.autostart != last.autostart {
+            sent = sent.and(daemon.autostart_changed(emitter).await);
+        }
+        if let Err(error) = sent {
+            tracing::warn!("announcing a change on the bus: {error}");
+            return;
+        }
+        last = now;
+    }
+}

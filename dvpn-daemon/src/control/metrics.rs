@@ -1,0 +1,147 @@
+//! Prometheus metrics. Totals never run backwards: they count what the daemon saw, over every tunnel of its life.
+
+use std::sync::Arc;
+
+use dvpn_common::status::{StateName, Status};
+use dvpn_core::session::Traffic;
+use prometheus::{
+    Encoder as _, GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+/// Every metric of the daemon; clones share them.
+#[derive(Clone)]
+pub struct Metrics(Arc<Inner>);
+
+struct Inner {
+    registry: Registry,
+    state: IntGaugeVec,
+    attempts: IntGauge,
+    switches: IntGauge,
+    latency: GaugeVec,
+    received: IntCounter,
+    sent: IntCounter,
+    interface_packets: IntGaugeVec,
+    interface_bytes: IntGaugeVec,
+    provider_peers: IntGauge,
+    socks5_open: IntGauge,
+    socks5_refused: IntCounterVec,
+}
+
+impl Metrics {
+    /// Registers every metric.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let gauge = |name: &str, help: &str| IntGauge::new(name, help).and_then(|m| register(&registry, m));
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            IntGaugeVec::new(Opts::new(name, help), labels).and_then(|m| register(&registry, m))
+        };
+        let counter = |name: &str, help: &str| IntCounter::new(name, help).and_then(|m| register(&registry, m));
+        let build = gauges("dvpn_build_info", "1, labelled with the version", &["version"])?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let inner = Inner {
+            state: gauges("dvpn_session_state", "1 for the state the session is in", &["state"])?,
+            attempts: gauge("dvpn_session_attempts_total", "Attempts to connect since the daemon started")?,
+            switches: gauge("dvpn_session_switches_total", "Changes of provider that nobody asked for")?,
+            latency: register(
+                &registry,
+                GaugeVec::new(
+                    Opts::new("dvpn_probe_latency_seconds", "Median round trip in the last attempt"),
+                    &["provider", "method"],
+                )?,
+            )?,
+            received: counter("dvpn_tunnel_received_bytes_total", "Bytes received from providers")?,
+            sent: counter("dvpn_tunnel_sent_bytes_total", "Bytes sent to providers")?,
+            interface_packets: gauges(
+                "dvpn_interface_packets_total",
+                "Packets counted by the eBPF programs",
+                &["interface", "direction"],
+            )?,
+            interface_bytes: gauges(
+                "dvpn_interface_bytes_total",
+                "Layer-3 bytes counted by the eBPF programs",
+                &["interface", "direction"],
+            )?,
+            provider_peers: gauge("dvpn_provider_peers", "Approved clients on this node")?,
+            socks5_open: gauge("dvpn_socks5_connections", "SOCKS5 connections open now")?,
+            socks5_refused: register(
+                &registry,
+                IntCounterVec::new(Opts::new("dvpn_socks5_refused_total", "SOCKS5 requests refused"), &["reason"])?,
+            )?,
+            registry,
+        };
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// Takes over what the status says.
+    pub fn observe(&self, status: &Status) {
+        for state in StateName::ALL {
+            self.0.state.with_label_values(&[state.as_str()]).set(i64::from(state == status.state));
+        }
+        self.0.attempts.set(i64::try_from(status.attempts).unwrap_or(i64::MAX));
+        self.0.switches.set(i64::try_from(status.switches).unwrap_or(i64::MAX));
+        self.0.latency.reset();
+        for candidate in &status.candidates {
+            if let (Some(latency_ms), Some(method)) = (candidate.latency_ms, candidate.method) {
+                let labels = [candidate.id.as_str(), method.as_str()];
+                self.0.latency.with_label_values(&labels).set(latency_ms / 1e3);
+            }
+        }
+    }
+
+    /// Adds what the tunnel carried since the last sample.
+    pub fn count_traffic(&self, before: Traffic, now: Traffic) {
+        self.0.received.inc_by(now.rx_bytes.saturating_sub(before.rx_bytes));
+        self.0.sent.inc_by(now.tx_bytes.saturating_sub(before.tx_bytes));
+    }
+
+    /// Shows what the eBPF programs counted on `interface`.
+    pub fn show_interface(&self, interface: &str, direction: &str, counter: dvpn_common::abi::Counter) {
+        let show = |gauge: &IntGaugeVec, value: u64| {
+            gauge.with_label_values(&[interface, direction]).set(i64::try_from(value).unwrap_or(i64::MAX));
+        };
+        show(&self.0.interface_packets, counter.packets);
+        show(&self.0.interface_bytes, counter.bytes);
+    }
+
+    /// Shows how many clients this node serves.
+    pub fn show_provider_peers(&self, peers: usize) {
+        self.0.provider_peers.set(i64::try_from(peers).unwrap_or(i64::MAX));
+    }
+
+    /// SOCKS5 connections open now.
+    pub fn socks5_open(&self) -> &IntGauge {
+        &self.0.socks5_open
+    }
+
+    /// SOCKS5 requests refused, by reason.
+    pub fn socks5_refused(&self, reason: &str) {
+        self.0.socks5_refused.with_label_values(&[reason]).inc();
+    }
+
+    /// The text exposition format, version 0.0.4.
+    pub fn encode(&self) -> prometheus::Result<String> {
+        let mut out = Vec::new();
+        TextEncoder::new().encode(&self.0.registry.gather(), &mut out)?;
+        String::from_utf8(out).map_err(|error| prometheus::Error::Msg(error.to_string()))
+    }
+}
+
+fn register<M: prometheus::core::Collector + Clone + 'static>(registry: &Registry, metric: M) -> prometheus::Result<M> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn totals_never_run_backwards_when_a_new_tunnel_begins() {
+        let metrics = Metrics::new().unwrap();
+        let at = |rx_bytes| Traffic { tx_bytes: 0, rx_bytes };
+        metrics.count_traffic(at(0), at(100));
+        metrics.count_traffic(at(100), at(0)); // a new tunnel counts from zero
+        metrics.count_traffic(at(0), at(5));
+        assert!(metrics.encode().unwrap().contains("dvpn_tunnel_received_bytes_total 105"));
+    }
+}

@@ -1,0 +1,307 @@
+//! The one task that owns the client's tunnel device.
+//!
+//! Orders are carried out one after the other, so that a tear-down never overtakes the set-up it undoes. What the device
+//! does by itself — counts, handshakes, death — goes to the driver as inputs tagged with the attempt that made it.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use dvpn_common::keys::{PrivateKey, PublicKey};
+use dvpn_core::{
+    Failure, Retry,
+    approval::Approval,
+    session::{Attempt, Input, Traffic},
+};
+use ipnetwork::IpNetwork;
+use tokio::{
+    net::UdpSocket,
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, timeout},
+};
+
+use crate::{
+    control::metrics::Metrics,
+    ebpf,
+    host::{ClientNetwork, Host},
+    resolve,
+    socks5::TunnelPath,
+    tunnel::{
+        CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Tunnel, TunnelConfig, userspace::UserspaceTunnel,
+    },
+};
+
+/// How often the device's counters are read.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long one forced handshake may take before the next is sent.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(1);
+/// A DNS query for the root's name servers: any answer, even a refusal, shows that the provider forwards (RFC 1035, 4.1).
+const PROBE_QUERY: [u8; 17] = [0x64, 0x76, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1];
+
+/// What the device task is told.
+pub(super) enum Order {
+    /// Make the device for this approval, with the key that was approved.
+    Configure(Attempt, Box<Approval>, PrivateKey),
+    /// Shake hands now.
+    Handshake(Attempt),
+    /// Send something that a living provider answers.
+    Probe(Attempt),
+    /// Take a new outer socket.
+    Rebind(Attempt),
+    /// Take the device down.
+    TearDown(Attempt),
+}
+
+/// What the device task needs of the daemon.
+pub(super) struct Surroundings {
+    pub host: Arc<Host>,
+    pub metrics: Metrics,
+    /// Configured name servers, reached through the tunnel; the provider's own when empty.
+    pub dns: Vec<SocketAddr>,
+    /// Where the programs of this interface are pinned.
+    pub bpf_directory: std::path::PathBuf,
+    /// The counting programs on the interface, read by `/metrics`.
+    pub counters: Arc<std::sync::Mutex<Option<ebpf::Counters>>>,
+}
+
+struct Device {
+    attempt: Attempt,
+    peer: PublicKey,
+    tunnel: Arc<dyn Tunnel>,
+    probe: Option<SocketAddr>,
+    path: TunnelPath,
+    watch: JoinHandle<()>,
+}
+
+/// Starts the task. `path` carries what the proxy may use while a device stands.
+pub(super) fn spawn(
+    surroundings: Surroundings,
+    inputs: mpsc::Sender<Input>,
+    path: watch::Sender<Option<TunnelPath>>,
+) -> mpsc::Sender<Order> {
+    let (orders, mut queue) = mpsc::channel(32);
+    tokio::spawn(async move {
+        let mut device: Option<Device> = None;
+        while let Some(order) = queue.recv().await {
+            match order {
+                Order::Configure(attempt, approval, key) => {
+                    tear_down(&surroundings, &path, device.take()).await;
+                    let outcome = configure(&surroundings, &inputs, attempt, &approval, key).await;
+                    let answer = match outcome {
+                        Ok(made) => {
+                            path.send_replace(Some(made.path.clone()));
+                            device = Some(made);
+                            Ok(())
+                        }
+                        Err(failure) => {
+                            undo(&surroundings).await;
+                            Err(failure)
+                        }
+                    };
+                    tell(&inputs, Input::TunnelConfigured(attempt, answer)).await;
+                }
+                Order::Handshake(attempt) => {
+                    if let Some(device) = device.as_ref().filter(|device| device.attempt == attempt) {
+                        let (tunnel, peer, inputs) = (Arc::clone(&device.tunnel), device.peer, inputs.clone());
+                        tokio::spawn(async move {
+                            if tunnel.force_handshake(peer, HANDSHAKE_TIMEOUT).await.is_ok() {
+                                tell(&inputs, Input::HandshakeSeen(attempt)).await;
+                            }
+                        });
+                    }
+                }
+                Order::Probe(attempt) => {
+                    if let Some(device) = device.as_ref().filter(|device| device.attempt == attempt) {
+                        probe(device);
+                    }
+                }
+                Order::Rebind(attempt) => {
+                    if let Some(device) = device.as_ref().filter(|device| device.attempt == attempt)
+                        && let Err(error) = device.tunnel.rebind().await
+                    {
+                        tracing::warn!("taking a new outer socket for the tunnel: {error}");
+                    }
+                }
+                Order::TearDown(attempt) => {
+                    tear_down(&surroundings, &path, device.take()).await;
+                    tell(&inputs, Input::TornDown(attempt)).await;
+                }
+            }
+        }
+        tear_down(&surroundings, &path, device.take()).await;
+    });
+    orders
+}
+
+async fn tell(inputs: &mpsc::Sender<Input>, input: Input) {
+    if inputs.send(input).await.is_err() {
+        tracing::debug!("the driver has ended; a tunnel event is dropped");
+    }
+}
+
+fn failure(what: &str, error: &dyn std::error::Error, how: &str) -> Failure {
+    let mut what = format!("{what}: {error}");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        what.push_str(": ");
+        what.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    Failure { what, how: how.to_owned(), retry: Retry::Backoff }
+}
+
+/// The tunnel's MTU: the route's, less WireGuard's 60 or 80 bytes, between the floor and the usual 1420.
+fn mtu(route_mtu_bytes: Option<u32>, endpoint: SocketAddr) -> u16 {
+    let overhead = if endpoint.is_ipv4() { 60 } else { 80 };
+    route_mtu_bytes
+        .and_then(|route| u16::try_from(route.saturating_sub(overhead)).ok())
+        .unwrap_or(DEFAULT_MTU_BYTES)
+        .clamp(MIN_MTU_BYTES, DEFAULT_MTU_BYTES)
+}
+
+async fn configure(
+    surroundings: &Surroundings,
+    inputs: &mpsc::Sender<Input>,
+    attempt: Attempt,
+    approval: &Approval,
+    private_key: PrivateKey,
+) -> Result<Device, Failure> {
+    let provider = approval.provider();
+    let mtu_bytes = mtu(surroundings.host.route_mtu(provider.endpoint.ip()).await, provider.endpoint);
+    let config = TunnelConfig {
+        interface: CLIENT_INTERFACE.to_owned(),
+        private_key,
+        listen_port: 0,
+        fwmark: FWMARK,
+        mtu_bytes,
+        offload: true,
+        peers: vec![PeerConfig {
+            public_key: provider.public_key,
+            endpoint: Some(provider.endpoint),
+            allowed_ips: provider.allowed_ips.clone(),
+            keepalive: None,
+        }],
+    };
+    let tunnel: Arc<dyn Tunnel> = Arc::from(
+        UserspaceTunnel::create(config)
+            .await
+            .map_err(|error| failure("making the tunnel", &error, "see the message above it in the log"))?,
+    );
+    // Counting comes before the interface is up: no packet is missed. It is not needed for the tunnel to be safe.
+    match ebpf::Counters::attach(CLIENT_INTERFACE, &surroundings.bpf_directory) {
+        Ok(counters) => *lock(&surroundings.counters) = Some(counters),
+        Err(error) => tracing::info!("no packet counters on {CLIENT_INTERFACE}: {error}"),
+    }
+    let network = ClientNetwork {
+        interface: CLIENT_INTERFACE.to_owned(),
+        addresses: approval.addresses().to_vec(),
+        mtu_bytes,
+        routes: provider.allowed_ips.clone(),
+    };
+    surroundings.host.client_up(&network).await.map_err(|error| {
+        failure("configuring dvpn0", &error, "the daemon needs CAP_NET_ADMIN; dvpn-daemon --cleanup removes leftovers")
+    })?;
+    let dns = if surroundings.dns.is_empty() {
+        approval.gateways().iter().map(|gateway| SocketAddr::new(*gateway, 53)).collect()
+    } else {
+        surroundings.dns.clone()
+    };
+    let carried = |address: &SocketAddr| approval.addresses().iter().any(|ours| ours.is_ipv4() == address.is_ipv4());
+    let dns: Vec<SocketAddr> = dns.into_iter().filter(carried).collect();
+    let addresses: Vec<_> = approval.addresses().iter().map(IpNetwork::ip).collect();
+    let path = TunnelPath::new(CLIENT_INTERFACE, addresses, resolve::resolver(CLIENT_INTERFACE, &dns));
+    let watch = tokio::spawn(observe(
+        Arc::clone(&tunnel),
+        provider.public_key,
+        attempt,
+        inputs.clone(),
+        surroundings.metrics.clone(),
+    ));
+    Ok(Device { attempt, peer: provider.public_key, tunnel, probe: dns.first().copied(), path, watch })
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Shakes hands until that works once, then reports counters once a second; ends with the device.
+async fn observe(
+    tunnel: Arc<dyn Tunnel>,
+    peer: PublicKey,
+    attempt: Attempt,
+    inputs: mpsc::Sender<Input>,
+    metrics: Metrics,
+) {
+    let watching = async {
+        while tunnel.force_handshake(peer, HANDSHAKE_TIMEOUT).await.is_err() {
+            // A dead device answers at once: the pause keeps this from spinning until its death is reported.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        tell(&inputs, Input::HandshakeSeen(attempt)).await;
+        let mut before = Traffic::default();
+        let mut ticks = interval(SAMPLE_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let Ok(stats) = tunnel.stats().await else { continue };
+            let Some(stats) = stats.iter().find(|stats| stats.public_key == peer) else { continue };
+            let now = Traffic { tx_bytes: stats.tx_bytes, rx_bytes: stats.rx_bytes };
+            metrics.count_traffic(before, now);
+            before = now;
+            tell(&inputs, Input::TrafficSampled(attempt, now)).await;
+        }
+    };
+    tokio::select! {
+        () = watching => {}
+        why = tunnel.died() => {
+            let failure = Failure {
+                what: format!("the tunnel interface {CLIENT_INTERFACE} is gone: {why}"),
+                how: "it is made again; if this repeats, see what else configures interfaces here".to_owned(),
+                retry: Retry::Backoff,
+            };
+            tell(&inputs, Input::TunnelLost(attempt, failure)).await;
+        }
+    }
+}
+
+/// A question inside the tunnel. Where no name server is known, the handshake is the question.
+fn probe(device: &Device) {
+    let (tunnel, peer, to) = (Arc::clone(&device.tunnel), device.peer, device.probe);
+    let source = device.path.address_for(to);
+    tokio::spawn(async move {
+        let (Some(to), Some(source)) = (to, source) else {
+            drop(tunnel.force_handshake(peer, HANDSHAKE_TIMEOUT).await);
+            return;
+        };
+        let ask = async {
+            let socket = UdpSocket::bind(SocketAddr::new(source, 0)).await?;
+            socket.bind_device(Some(CLIENT_INTERFACE.as_bytes()))?;
+            socket.connect(to).await?;
+            socket.send(&PROBE_QUERY).await?;
+            // Waiting keeps the port open, so that the answer is not met by an ICMP error.
+            let mut answer = [0; 512];
+            socket.recv(&mut answer).await
+        };
+        if let Ok(Err(error)) = timeout(HANDSHAKE_TIMEOUT, ask).await {
+            tracing::debug!("asking {to} inside the tunnel: {error}");
+        }
+    });
+}
+
+async fn tear_down(surroundings: &Surroundings, path: &watch::Sender<Option<TunnelPath>>, device: Option<Device>) {
+    path.send_replace(None);
+    let Some(device) = device else { return };
+    device.watch.abort();
+    device.tunnel.close().await;
+    undo(surroundings).await;
+}
+
+async fn undo(surroundings: &Surroundings) {
+    if lock(&surroundings.counters).take().is_some()
+        && let Err(error) = ebpf::detach_all(&surroundings.bpf_directory, CLIENT_INTERFACE)
+    {
+        tracing::warn!("unpinning the packet counters of {CLIENT_INTERFACE}: {error}");
+    }
+    if let Err(error) = surroundings.host.client_down().await {
+        tracing::warn!("undoing the configuration of {CLIENT_INTERFACE}: {error}: dvpn-daemon --cleanup removes it");
+    }
+}

@@ -11,16 +11,20 @@
 //! | [`config`] | what the operator asked for |
 //! | [`seal`] | whether a stored secret is ours and whole |
 //! | [`audit`] | what is worth recording |
+//! | [`address`], [`keys`], [`text`] | what addresses, keys and foreign texts are |
 
+pub mod address;
 pub mod approval;
 pub mod audit;
 pub mod config;
 pub mod directory;
 pub mod firewall;
+pub mod keys;
 pub mod payment;
 pub mod seal;
 pub mod selection;
 pub mod session;
+pub mod text;
 
 use std::{fmt, time::Instant};
 

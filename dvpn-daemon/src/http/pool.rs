@@ -1,0 +1,84 @@
+//! The pool: provider list and approval.
+
+use bytes::Bytes;
+use dvpn_common::{
+    contract::{APPROVE_PATH, ApproveRequest, ErrorBody},
+    limits::{MAX_BODY_BYTES, MAX_LIST_BYTES},
+};
+use reqwest::Response;
+use url::Url;
+
+use super::{Client, EXCHANGE_TIMEOUT, Error, LIST_TIMEOUT, Target, below, read_limited};
+
+/// Longest part of a server's own words that is passed on.
+const MAX_SAID: usize = 200;
+
+/// A client of one pool. Clones share connections.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    client: Client,
+    url: Url,
+}
+
+impl Pool {
+    /// Of the pool at `POOL_URL`; a URL that is not https is refused by the first request.
+    pub fn new(client: Client, url: Url) -> Self {
+        Self { client, url }
+    }
+
+    /// The address of the list.
+    pub fn url(&self) -> &Url {
+        &self.url
+    }
+
+    /// The client underneath.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The raw list, at most [`MAX_LIST_BYTES`]; `dvpn_core::directory` decides whether it is believed. Statuses other
+    /// than 2xx are errors.
+    pub async fn list(&self) -> Result<Bytes, Error> {
+        let response = self.client.fetch(&self.url, None, LIST_TIMEOUT).await?;
+        read_limited(success(response).await?, MAX_LIST_BYTES).await
+    }
+
+    /// Asks for admission at a provider: status and raw body, for `dvpn_core::approval` to judge.
+    pub async fn approve(&self, request: &ApproveRequest) -> Result<(u16, Bytes), Error> {
+        let url = below(&self.url, &[APPROVE_PATH])?;
+        let response = self.client.post(&url, request, EXCHANGE_TIMEOUT).await?;
+        let status = response.status().as_u16();
+        Ok((status, read_limited(response, MAX_BODY_BYTES).await?))
+    }
+}
+
+/// Passes a 2xx on; makes anything else an error with the server's own words.
+async fn success(response: Response) -> Result<Response, Error> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let target = Target::of(response.url());
+    // The status is the news; a body that does not read only leaves out the words.
+    let body = read_limited(response, MAX_BODY_BYTES).await.unwrap_or_default();
+    let said = serde_json::from_slice::<ErrorBody>(&body)
+        .ok()
+        .map(|body| printable(&body.error));
+    Err(Error::Status { target, status, said })
+}
+
+/// Foreign words, fit for a log line: short, no control characters.
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(MAX_SAID).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_words_are_shortened_and_stripped_of_control_characters() {
+        assert_eq!(printable("a\x1b[2Jb\nc"), "a[2Jbc");
+        assert_eq!(printable(&"x".repeat(1000)).len(), MAX_SAID);
+    }
+}

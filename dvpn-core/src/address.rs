@@ -24,7 +24,7 @@ pub fn is_private(address: IpAddr) -> bool {
 pub fn is_unicast(address: IpAddr) -> bool {
     match address.to_canonical() {
         // 0.0.0.0/8 is "this network", 240.0.0.0/4 is reserved and ends in the broadcast address.
-        IpAddr::V4(v4) => !v4.is_multicast() && !matches!(v4.octets(), [0, ..] | [240..=255, ..]),
+        IpAddr::V4(v4) => !v4.is_multicast() && !matches!(v4.octets(), [0 | 240..=255, ..]),
         IpAddr::V6(v6) => !v6.is_multicast() && !v6.is_unspecified(),
     }
 }

@@ -1,1 +1,0 @@
-//! What the operator asked for: one table of settings.

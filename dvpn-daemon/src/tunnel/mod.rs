@@ -6,6 +6,8 @@ use dvpn_common::keys::{PrivateKey, PublicKey};
 use futures::future::BoxFuture;
 use ipnetwork::IpNetwork;
 
+pub mod userspace;
+
 /// Name of the interface on which we are a client.
 pub const CLIENT_INTERFACE: &str = "dvpn0";
 /// Name of the interface on which we are a provider.
@@ -31,6 +33,9 @@ pub struct TunnelConfig {
     pub mtu_bytes: u16,
     /// Peers from the start.
     pub peers: Vec<PeerConfig>,
+    /// Let the kernel segment and join packets (TUN `vnet_hdr`, `UDP_SEGMENT`, `UDP_GRO`). On unless a
+    /// driver is found that gets it wrong.
+    pub offload: bool,
 }
 
 /// A peer as it should be.
@@ -82,9 +87,21 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// The link was made but could not be set up.
+    #[error("setting up the tunnel interface {interface}: is CAP_NET_ADMIN still held?")]
+    Link {
+        /// Which.
+        interface: String,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// No such peer.
     #[error("no peer {0} on this tunnel")]
     NoPeer(PublicKey),
+    /// The peer has neither a configured nor a learned outer address.
+    #[error("peer {0} has no endpoint yet: it has to call first")]
+    NoEndpoint(PublicKey),
     /// No answer to a handshake in time.
     #[error("no handshake with {0} within {1:?}")]
     NoHandshake(PublicKey, Duration),

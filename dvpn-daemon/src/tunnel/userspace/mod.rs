@@ -1,0 +1,317 @@
+//! WireGuard in this process: gotatun's protocol engine between our own TUN and UDP transports.
+//!
+//! ```text
+//! kernel ── tun::TunReader ──► gotatun: encrypt ──► udp::Sender ── network
+//! kernel ◄── tun::TunWriter ── gotatun: decrypt ◄── udp::Receiver ── network
+//! ```
+//! With [`TunnelConfig::offload`] both edges move up to 64 KB at a time: the kernel hands over and takes TCP
+//! super-packets, and UDP datagrams of one peer go out and come in as one message.
+
+mod link;
+mod tun;
+mod udp;
+
+use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
+
+use dvpn_common::keys::PublicKey;
+use futures::future::BoxFuture;
+use gotatun::{
+    device::{Device, DeviceBuilder, Error as DeviceError, Peer},
+    noise::TimerParams,
+    x25519,
+};
+use tokio::sync::{Mutex, oneshot, watch};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Error, PeerConfig, PeerStats, Tunnel, TunnelConfig};
+
+type Transports = (udp::Factory, tun::TunWriter, tun::TunReader);
+
+/// How soon an unanswered initiation is repeated while somebody waits for a handshake; by itself WireGuard
+/// repeats after 5 s. Responders take 50 a second from one peer (Linux, drivers/net/wireguard/messages.h).
+const IMPATIENT_RETRY: Duration = Duration::from_secs(1);
+
+/// Where a transport leaves the reason why it can go on no more; the first one stays.
+#[derive(Clone)]
+struct Death(Arc<watch::Sender<Option<String>>>);
+
+impl Death {
+    fn report(&self, reason: String) {
+        self.0.send_if_modified(|slot| {
+            let first = slot.is_none();
+            if first {
+                *slot = Some(reason);
+            }
+            first
+        });
+    }
+}
+
+/// A WireGuard device in userspace.
+pub struct UserspaceTunnel {
+    interface: String,
+    /// As configured: 0 takes another port at each [`Tunnel::rebind`].
+    listen_port: u16,
+    device: Device<Transports>,
+    /// What the device was told, so that telling it again is free: changing a peer costs a walk over all.
+    peers: Mutex<HashMap<PublicKey, PeerConfig>>,
+    death: watch::Receiver<Option<String>>,
+    /// Resolves when the last user of the TUN has closed it.
+    closed: oneshot::Receiver<()>,
+    _link: AbortOnDropHandle<()>,
+}
+
+impl UserspaceTunnel {
+    /// Makes the interface with its MTU, binds the outer socket and starts the protocol. The link is left
+    /// down and without addresses: routes and policy come first. Needs `CAP_NET_ADMIN` and /dev/net/tun.
+    pub async fn create(config: TunnelConfig) -> Result<Box<dyn Tunnel>, Error> {
+        let TunnelConfig {
+            interface,
+            private_key,
+            listen_port,
+            fwmark,
+            mtu_bytes,
+            peers,
+            offload,
+        } = config;
+        let (death, died) = watch::channel(None);
+        let death = Death(Arc::new(death));
+        let (mtu, mtu_seen) = watch::channel(mtu_bytes);
+        let create_error = |source| Error::Create {
+            interface: interface.clone(),
+            source,
+        };
+        let (tun, closed) = tun::open(&interface, mtu_bytes, offload).map_err(create_error)?;
+        let index = tun.index().map_err(create_error)?;
+        let link = link::watch(index, mtu, death.clone())
+            .await
+            .map_err(|source| Error::Link {
+                interface: interface.clone(),
+                source,
+            })?;
+        let device = DeviceBuilder::new()
+            .with_udp(udp::Factory::new(offload, death.clone()))
+            .with_ip_pair(
+                tun::TunWriter::spawn(Arc::clone(&tun), death.clone()),
+                tun::TunReader::new(tun, mtu_seen, death),
+            )
+            .with_private_key(x25519::StaticSecret::from(*private_key.expose()))
+            .with_listen_port(listen_port)
+            .with_fwmark(fwmark)
+            .build()
+            .await
+            .map_err(|error| stopped(&interface, listen_port, error))?;
+        // A device built without peers has no socket until something asks for one; this asks.
+        device
+            .clear_peers()
+            .await
+            .map_err(|error| stopped(&interface, listen_port, error))?;
+        let tunnel = Self {
+            interface,
+            listen_port,
+            device,
+            peers: Mutex::default(),
+            death: died,
+            closed,
+            _link: link,
+        };
+        tunnel.set_peers(peers).await?;
+        Ok(Box::new(tunnel))
+    }
+
+    async fn apply_peers(&self, peers: Vec<PeerConfig>) -> Result<(), Error> {
+        let mut known = self.peers.lock().await;
+        let wanted: HashMap<PublicKey, PeerConfig> = peers.into_iter().map(|peer| (peer.public_key, peer)).collect();
+        let (mut new, mut changed) = (Vec::new(), Vec::new());
+        for peer in wanted.values() {
+            match known.get(&peer.public_key) {
+                None => new.push(device_peer(peer)),
+                Some(same) if same == peer => {}
+                Some(_) => changed.push(peer.clone()),
+            }
+        }
+        let result = self
+            .device
+            .write(async move |device| {
+                device.add_peers(new);
+                for peer in changed {
+                    device
+                        .modify_peer(&device_key(peer.public_key), |slot| {
+                            slot.clear_allowed_ips();
+                            slot.add_allowed_ips(peer.allowed_ips);
+                            slot.set_keepalive(peer.keepalive.map(keepalive_seconds));
+                            // A peer without a configured endpoint keeps the one it was last heard from.
+                            if peer.endpoint.is_some() {
+                                slot.set_endpoint(peer.endpoint);
+                            }
+                        })
+                        .await;
+                }
+            })
+            .await;
+        result.map_err(|error| stopped(&self.interface, self.listen_port, error))?;
+        known.extend(wanted);
+        Ok(())
+    }
+
+    async fn drop_peer(&self, peer: PublicKey) -> Result<(), Error> {
+        let mut known = self.peers.lock().await;
+        self.device
+            .remove_peer(&device_key(peer))
+            .await
+            .map_err(|error| stopped(&self.interface, self.listen_port, error))?;
+        known.remove(&peer);
+        Ok(())
+    }
+
+    async fn set_timers(&self, peer: PublicKey, timers: Option<TimerParams>) -> Result<(), Error> {
+        let known = self
+            .device
+            .write(async move |device| {
+                device
+                    .modify_peer(&device_key(peer), |slot| slot.dangerously_set_timer_params(timers))
+                    .await
+            })
+            .await
+            .map_err(|error| stopped(&self.interface, self.listen_port, error))?;
+        if known { Ok(()) } else { Err(Error::NoPeer(peer)) }
+    }
+
+    /// gotatun shakes hands only when the session is due for it. So the session is declared overdue, the
+    /// handshake started, and the session's ordinary age limit put back while the answer is on its way.
+    async fn shake_hands(&self, peer: PublicKey, timeout: Duration) -> Result<(), Error> {
+        let impatient = TimerParams {
+            rekey_timeout: IMPATIENT_RETRY..=IMPATIENT_RETRY,
+            ..TimerParams::default()
+        };
+        let overdue = TimerParams {
+            rekey_after_time: Duration::ZERO..=Duration::ZERO,
+            ..impatient.clone()
+        };
+        self.set_timers(peer, Some(overdue)).await?;
+        let key = device_key(peer);
+        let shaken = tokio::time::timeout(timeout, async {
+            let mut handshake = pin!(self.device.force_handshake(&key));
+            tokio::select! {
+                biased;
+                done = &mut handshake => return done,
+                _ = self.set_timers(peer, Some(impatient)) => {}
+            }
+            handshake.await
+        })
+        .await;
+        // A peer that was removed meanwhile needs no timers; the handshake's own result says so.
+        self.set_timers(peer, None).await.ok();
+        match shaken {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(DeviceError::PeerNotFound)) => Err(Error::NoPeer(peer)),
+            Ok(Err(DeviceError::NoEndpoint)) => Err(Error::NoEndpoint(peer)),
+            Ok(Err(DeviceError::NotConnected)) => Err(Error::Stopped(self.interface.clone())),
+            Ok(Err(error)) => {
+                tracing::debug!(interface = self.interface, %error, "the handshake could not be sent");
+                Err(Error::NoHandshake(peer, timeout))
+            }
+            Err(_elapsed) => Err(Error::NoHandshake(peer, timeout)),
+        }
+    }
+
+    async fn replace_socket(&self) -> Result<(), Error> {
+        let wanted = self.listen_port;
+        // The engine opens a new socket when the port changes, sessions stay: change it away and back.
+        let away = if wanted == u16::MAX { 1 } else { u16::MAX };
+        self.device
+            .write(async move |device| {
+                device.set_listen_port(away);
+                device.set_listen_port(wanted);
+            })
+            .await
+            .map_err(|error| stopped(&self.interface, wanted, error))
+    }
+
+    async fn peer_stats(&self) -> Vec<PeerStats> {
+        let seen = self.device.peers().await;
+        seen.into_iter()
+            .filter_map(|peer| {
+                Some(PeerStats {
+                    public_key: PublicKey::from_bytes(*peer.peer.public_key.as_bytes()).ok()?,
+                    endpoint: peer.peer.endpoint,
+                    last_handshake: peer.stats.last_handshake,
+                    rx_bytes: peer.stats.rx_bytes as u64,
+                    tx_bytes: peer.stats.tx_bytes as u64,
+                })
+            })
+            .collect()
+    }
+}
+
+impl Tunnel for UserspaceTunnel {
+    fn interface(&self) -> &str {
+        &self.interface
+    }
+
+    fn set_peers(&self, peers: Vec<PeerConfig>) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(self.apply_peers(peers))
+    }
+
+    fn remove_peer(&self, peer: PublicKey) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(self.drop_peer(peer))
+    }
+
+    fn stats(&self) -> BoxFuture<'_, Result<Vec<PeerStats>, Error>> {
+        Box::pin(async { Ok(self.peer_stats().await) })
+    }
+
+    fn force_handshake(&self, peer: PublicKey, timeout: Duration) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(self.shake_hands(peer, timeout))
+    }
+
+    fn rebind(&self) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(self.replace_socket())
+    }
+
+    fn listen_port(&self) -> BoxFuture<'_, Result<u16, Error>> {
+        Box::pin(async { Ok(self.device.read(async |device| device.listen_port()).await) })
+    }
+
+    fn died(&self) -> BoxFuture<'_, String> {
+        let mut death = self.death.clone();
+        Box::pin(async move {
+            match death.wait_for(Option::is_some).await {
+                Ok(reason) => reason.clone().unwrap_or_default(),
+                Err(_closed) => "the device was stopped".to_owned(),
+            }
+        })
+    }
+
+    fn close(self: Box<Self>) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let Self { device, closed, .. } = *self;
+            device.stop().await;
+            // Nothing is ever sent: the sender is dropped after the TUN's descriptor is closed.
+            closed.await.ok();
+        })
+    }
+}
+
+fn device_key(key: PublicKey) -> x25519::PublicKey {
+    x25519::PublicKey::from(*key.as_bytes())
+}
+
+fn keepalive_seconds(keepalive: Duration) -> u16 {
+    u16::try_from(keepalive.as_secs()).unwrap_or(u16::MAX)
+}
+
+fn device_peer(config: &PeerConfig) -> Peer {
+    let mut peer = Peer::new(device_key(config.public_key)).with_allowed_ips(config.allowed_ips.iter().copied());
+    peer.endpoint = config.endpoint;
+    peer.keepalive = config.keepalive.map(keepalive_seconds);
+    peer
+}
+
+fn stopped(interface: &str, port: u16, error: DeviceError) -> Error {
+    if let DeviceError::Bind(source, _) = error {
+        return Error::Socket { port, source };
+    }
+    tracing::warn!(interface, %error, "the tunnel device refused a change");
+    Error::Stopped(interface.to_owned())
+}

@@ -1,1 +1,26 @@
-//! The local network that the system tests and `one-click.sh` run in.
+//! The local network that DVPN is shown and tested in: real processes in network namespaces on one machine.
+//!
+//! | module | does |
+//! |---|---|
+//! | [`network`] | the whole layout: an internet, a pool, providers with LANs, a client, a web server |
+//! | [`namespace`] | one network namespace |
+//! | [`wire`] | a cable with delay, jitter, loss, rate and outages |
+//! | [`process`] | real programs in namespaces, their logs and their end |
+//! | [`bus`] | a private D-Bus system bus with the shipped policy |
+//! | [`certs`] | certificates of a throw-away authority |
+//! | [`web`] | the server beyond the providers: exit address, bytes, UDP echo, names |
+//! | [`socks`] | a small SOCKS5 client |
+//! | [`capture`] | packet capture with a predicate |
+//! | [`sweep`] | removes what a crashed run left |
+
+pub mod bus;
+pub mod capture;
+pub mod certs;
+pub mod namespace;
+pub mod network;
+pub mod process;
+pub mod socks;
+pub mod sweep;
+mod sys;
+pub mod web;
+pub mod wire;

@@ -1,0 +1,106 @@
+//! A private D-Bus system bus with the policy file that the package ships, and calls on it by busctl.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use dvpn_common::dbus::{NAME, PATH};
+
+use crate::{
+    namespace::Namespace,
+    process::{Process, Surroundings, wait_for},
+};
+
+/// A running dbus-daemon; ended when dropped.
+pub struct Bus {
+    address: String,
+    _daemon: Process,
+}
+
+/// The policy file of the package, as it is in the source tree.
+pub fn shipped_policy() -> Result<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../systemd/org.dvpn.Daemon1.conf");
+    path.canonicalize().context("systemd/org.dvpn.Daemon1.conf is missing from the source tree")
+}
+
+impl Bus {
+    /// Starts a bus of the type `system` whose files are in `directory`.
+    pub fn spawn(namespace: &Namespace, directory: &Path) -> Result<Self> {
+        let socket = directory.join("bus.socket");
+        // A socket that a killed run left would make dbus-daemon refuse.
+        match std::fs::remove_file(&socket) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("removing {}", socket.display()));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        let address = format!("unix:path={}", socket.display());
+        let policy = shipped_policy()?;
+        let config = directory.join("bus.conf");
+        let text = format!(
+            "<!DOCTYPE busconfig PUBLIC \"-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN\"\n \
+             \"http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd\">\n\
+             <busconfig>\n  <type>system</type>\n  <listen>{address}</listen>\n  <auth>EXTERNAL</auth>\n  \
+             <policy context=\"default\">\n    <allow user=\"*\"/>\n    <deny own=\"*\"/>\n    \
+             <deny send_type=\"method_call\"/>\n    <allow send_type=\"signal\"/>\n    \
+             <allow send_requested_reply=\"true\" send_type=\"method_return\"/>\n    \
+             <allow send_requested_reply=\"true\" send_type=\"error\"/>\n    \
+             <allow receive_type=\"method_call\"/>\n    <allow receive_type=\"method_return\"/>\n    \
+             <allow receive_type=\"error\"/>\n    <allow receive_type=\"signal\"/>\n    \
+             <allow send_destination=\"org.freedesktop.DBus\"/>\n  </policy>\n  \
+             <include>{}</include>\n</busconfig>\n",
+            policy.display()
+        );
+        std::fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
+        let mut command = Command::new("dbus-daemon");
+        command.arg("--nofork").arg("--nopidfile").arg(format!("--config-file={}", config.display()));
+        let log = directory.join("bus.log");
+        let surroundings = Surroundings { namespace, log: &log, resolv_conf: None };
+        let mut daemon = Process::spawn("dbus-daemon", command, &surroundings).context("install dbus-daemon")?;
+        wait_for("the D-Bus socket", Duration::from_secs(5), || {
+            daemon.check_running()?;
+            Ok(std::os::unix::net::UnixStream::connect(&socket).ok())
+        })?;
+        Ok(Self { address, _daemon: daemon })
+    }
+
+    /// For `DBUS_SYSTEM_BUS_ADDRESS` and `busctl --address=`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Calls a method of the daemon; the answer as busctl prints it in JSON.
+    pub fn call(&self, method: &str, signature_and_arguments: &[&str]) -> Result<serde_json::Value> {
+        let text = self.busctl(&[&["call", NAME, PATH, NAME, method], signature_and_arguments].concat())?;
+        if text.trim().is_empty() {
+            return Ok(serde_json::Value::Null);
+        }
+        serde_json::from_str(&text).with_context(|| format!("busctl answered {text:?}"))
+    }
+
+    /// A property of the daemon; its value as busctl prints it in JSON.
+    pub fn property(&self, name: &str) -> Result<serde_json::Value> {
+        let text = self.busctl(&["get-property", NAME, PATH, NAME, name])?;
+        let mut value: serde_json::Value = serde_json::from_str(&text).context("reading busctl's answer")?;
+        Ok(value.get_mut("data").map(serde_json::Value::take).unwrap_or_default())
+    }
+
+    fn busctl(&self, arguments: &[&str]) -> Result<String> {
+        let output = Command::new("busctl")
+            .arg(format!("--address={}", self.address))
+            .args(["--json=short", "--timeout=20"])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .context("running busctl: install systemd")?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            bail!("busctl {}: {}", arguments.join(" "), error.trim());
+        }
+        ensure!(error.trim().is_empty(), "busctl {} complained: {}", arguments.join(" "), error.trim());
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}

@@ -62,10 +62,11 @@ fn wires_keep_their_delay_to_a_fraction_of_a_millisecond() -> Result<()> {
         let to = echo(provider.namespace.udp(provider.address.into())?)?;
         let seen = round_trips(&client, to, 51, Duration::from_secs(1))?;
         ensure!(seen.len() == 51, "{} of 51 came back over a wire without loss", seen.len());
-        // The best quarter: a busy machine wakes the two ends late, which is none of the wire's doing.
+        // A round trip crosses wires four times, each within 0.2 ms. The best quarter is judged: a busy machine wakes
+        // the two ends late, which is none of the wire's doing.
         let (least, quarter) = (seen[0].as_secs_f64() * 1e3, seen[12].as_secs_f64() * 1e3);
         ensure!(
-            least >= wanted && quarter < wanted + 0.4,
+            least >= wanted && quarter < wanted + 0.8,
             "{}: {least:.3} ms at least and {quarter:.3} ms at the first quartile instead of {wanted}",
             provider.name
         );

@@ -1,0 +1,407 @@
+//! rtnetlink as the other files use it: typed reads, and changes that say what they were about.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use futures::TryStreamExt as _;
+use ipnetwork::IpNetwork;
+use netlink_packet_route::{
+    AddressFamily,
+    address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope},
+    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
+};
+use rtnetlink::{IpVersion, LinkUnspec};
+
+use super::{Error, Host, PROTOCOL, ROUTING_TABLE, RULE_PRIORITY};
+
+/// A link, as far as this module cares.
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) kind: Option<InfoKind>,
+}
+
+/// An address on a link.
+pub(super) struct Address {
+    pub(super) index: u32,
+    pub(super) network: IpNetwork,
+    pub(super) message: AddressMessage,
+}
+
+/// Which packets a rule of ours sends to our table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Selector {
+    /// Those bound to this interface.
+    Interface(AddressFamily, String),
+    /// Those from this address.
+    Source(IpAddr),
+}
+
+impl Selector {
+    fn selects_as(&self, rule: &RuleMessage) -> bool {
+        let attribute = match self {
+            Self::Interface(family, name) if *family == rule.header.family => RuleAttribute::Oifname(name.clone()),
+            Self::Interface(..) => return false,
+            Self::Source(address) => RuleAttribute::Source(*address),
+        };
+        rule.attributes.contains(&attribute) && rule.attributes.contains(&RuleAttribute::Table(ROUTING_TABLE))
+    }
+}
+
+/// What the kernel answers to deleting something that is gone already.
+pub(super) fn is_gone(error: &rtnetlink::Error) -> bool {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => {
+            matches!(
+                -message.raw_code(),
+                libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL
+            )
+        }
+        _ => false,
+    }
+}
+
+/// An answer in which "it is not there" is as good as "done".
+pub(super) fn or_gone(result: Result<(), rtnetlink::Error>, what: impl Into<String>) -> Result<(), Error> {
+    match result {
+        Err(error) if !is_gone(&error) => Err(Error::Change {
+            what: what.into(),
+            source: error,
+        }),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+pub(super) fn link_of(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        kind: None,
+    };
+    for attribute in &message.attributes {
+        if let LinkAttribute::IfName(name) = attribute {
+            link.name.clone_from(name);
+        } else if let LinkAttribute::LinkInfo(infos) = attribute {
+            for info in infos {
+                if let LinkInfo::Kind(kind) = info {
+                    link.kind = Some(kind.clone());
+                }
+            }
+        }
+    }
+    link
+}
+
+/// The table of a route, whichever field holds it.
+pub(super) fn table_of(message: &RouteMessage) -> u32 {
+    message
+        .attributes
+        .iter()
+        .find_map(|a| {
+            if let RouteAttribute::Table(table) = a {
+                Some(*table)
+            } else {
+                None
+            }
+        })
+        .unwrap_or_else(|| u32::from(message.header.table))
+}
+
+/// The outgoing interface of a route.
+pub(super) fn oif_of(message: &RouteMessage) -> Option<u32> {
+    message.attributes.iter().find_map(|a| {
+        if let RouteAttribute::Oif(index) = a {
+            Some(*index)
+        } else {
+            None
+        }
+    })
+}
+
+/// The destination of a route; the default route's is `0.0.0.0/0` or `::/0`.
+pub(super) fn destination_of(message: &RouteMessage) -> Option<IpNetwork> {
+    let address = message.attributes.iter().find_map(|a| match a {
+        RouteAttribute::Destination(RouteAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
+        RouteAttribute::Destination(RouteAddress::Inet6(v6)) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    });
+    let unspecified = match message.header.address_family {
+        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        _ => return None,
+    };
+    IpNetwork::new(address.unwrap_or(unspecified), message.header.destination_prefix_length).ok()
+}
+
+impl Host {
+    pub(super) async fn links(&self) -> Result<Vec<Link>, Error> {
+        self.netlink()
+            .link()
+            .get()
+            .execute()
+            .map_ok(|message| link_of(&message))
+            .try_collect()
+            .await
+            .map_err(|source| Error::Read { what: "links", source })
+    }
+
+    pub(super) async fn link(&self, name: &str) -> Result<Option<Link>, Error> {
+        Ok(self.links().await?.into_iter().find(|link| link.name == name))
+    }
+
+    pub(super) async fn interface_index(&self, name: &str) -> Result<u32, Error> {
+        self.link(name)
+            .await?
+            .map(|link| link.index)
+            .ok_or_else(|| Error::NoInterface(name.to_owned()))
+    }
+
+    pub(super) async fn addresses(&self) -> Result<Vec<Address>, Error> {
+        let messages: Vec<AddressMessage> =
+            self.netlink()
+                .address()
+                .get()
+                .execute()
+                .try_collect()
+                .await
+                .map_err(|source| Error::Read {
+                    what: "addresses",
+                    source,
+                })?;
+        Ok(messages
+            .into_iter()
+            .filter_map(|message| {
+                let find = |local: bool| {
+                    message.attributes.iter().find_map(|a| match a {
+                        AddressAttribute::Local(ip) if local => Some(*ip),
+                        AddressAttribute::Address(ip) if !local => Some(*ip),
+                        _ => None,
+                    })
+                };
+                let network = IpNetwork::new(find(true).or_else(|| find(false))?, message.header.prefix_len).ok()?;
+                Some(Address {
+                    index: message.header.index,
+                    network,
+                    message,
+                })
+            })
+            .collect())
+    }
+
+    pub(super) async fn routes(&self) -> Result<Vec<RouteMessage>, Error> {
+        let mut all = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut question = RouteMessage::default();
+            question.header.address_family = family;
+            let found: Vec<RouteMessage> = self
+                .netlink()
+                .route()
+                .get(question)
+                .execute()
+                .try_collect()
+                .await
+                .map_err(|source| Error::Read { what: "routes", source })?;
+            all.extend(found);
+        }
+        Ok(all)
+    }
+
+    /// Our rules, known by their protocol number.
+    pub(super) async fn own_rules(&self) -> Result<Vec<RuleMessage>, Error> {
+        let mut ours = Vec::new();
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let found: Vec<RuleMessage> = self
+                .netlink()
+                .rule()
+                .get(version)
+                .execute()
+                .try_collect()
+                .await
+                .map_err(|source| Error::Read {
+                    what: "routing rules",
+                    source,
+                })?;
+            ours.extend(found.into_iter().filter(|rule| {
+                rule.attributes
+                    .contains(&RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)))
+            }));
+        }
+        Ok(ours)
+    }
+
+    /// Removes those of our rules that are not in `keep`; says how many there were.
+    pub(super) async fn delete_rules(&self, keep: &[Selector]) -> Result<usize, Error> {
+        let mut count = 0;
+        for rule in self.own_rules().await? {
+            if keep.iter().any(|selector| selector.selects_as(&rule)) {
+                continue;
+            }
+            count += 1;
+            or_gone(
+                self.netlink().rule().del(rule).execute().await,
+                "removing a routing rule of ours",
+            )?;
+        }
+        Ok(count)
+    }
+
+    /// Removes those of our routes in our table that are not in `keep` (destination, interface); says how many.
+    pub(super) async fn delete_routes(&self, keep: &[(IpNetwork, Option<u32>)]) -> Result<usize, Error> {
+        let mut count = 0;
+        for route in self.routes().await? {
+            let ours = table_of(&route) == ROUTING_TABLE && route.header.protocol == RouteProtocol::Other(PROTOCOL);
+            // The kernel reports an unreachable IPv6 route as one to the loopback interface.
+            let oif = if route.header.kind == RouteType::Unreachable {
+                None
+            } else {
+                oif_of(&route)
+            };
+            let kept = destination_of(&route).is_some_and(|to| keep.contains(&(to, oif)));
+            if ours && !kept {
+                count += 1;
+                or_gone(
+                    self.netlink().route().del(route).execute().await,
+                    "removing a route of ours",
+                )?;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Adds a route to our table: to an interface, or `unreachable` with the worst metric.
+    pub(super) async fn add_route(&self, to: IpNetwork, interface: Option<u32>) -> Result<(), Error> {
+        let mut route = RouteMessage::default();
+        route.header.address_family = if to.is_ipv4() {
+            AddressFamily::Inet
+        } else {
+            AddressFamily::Inet6
+        };
+        route.header.destination_prefix_length = to.prefix();
+        route.header.table = RouteHeader::RT_TABLE_UNSPEC;
+        route.header.protocol = RouteProtocol::Other(PROTOCOL);
+        route.header.scope = RouteScope::Universe;
+        route.attributes.push(RouteAttribute::Table(ROUTING_TABLE));
+        if to.prefix() > 0 {
+            route.attributes.push(RouteAttribute::Destination(to.network().into()));
+        }
+        if let Some(index) = interface {
+            route.header.kind = RouteType::Unicast;
+            if to.is_ipv4() {
+                route.header.scope = RouteScope::Link;
+            }
+            route.attributes.push(RouteAttribute::Oif(index));
+        } else {
+            route.header.kind = RouteType::Unreachable;
+            route.attributes.push(RouteAttribute::Priority(u32::MAX));
+        }
+        let what = format!("adding a route to {to} in table {ROUTING_TABLE}");
+        let request = self.netlink().route().add(route).replace();
+        request.execute().await.map_err(|source| Error::Change { what, source })
+    }
+
+    /// Adds a rule that looks in our table; one that is there already is no error.
+    pub(super) async fn add_rule(&self, selector: &Selector) -> Result<(), Error> {
+        let mut request = self.netlink().rule().add();
+        let rule = request.message_mut();
+        rule.header.table = RouteHeader::RT_TABLE_UNSPEC;
+        rule.header.action = RuleAction::ToTable;
+        rule.attributes.extend([
+            RuleAttribute::Table(ROUTING_TABLE),
+            RuleAttribute::Priority(RULE_PRIORITY),
+            RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
+        ]);
+        match selector {
+            Selector::Interface(family, name) => {
+                rule.header.family = *family;
+                rule.attributes.push(RuleAttribute::Oifname(name.clone()));
+            }
+            Selector::Source(address) => {
+                rule.header.family = if address.is_ipv4() {
+                    AddressFamily::Inet
+                } else {
+                    AddressFamily::Inet6
+                };
+                rule.header.src_len = if address.is_ipv4() { 32 } else { 128 };
+                rule.attributes.push(RuleAttribute::Source(*address));
+            }
+        }
+        match request.execute().await {
+            Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -libc::EEXIST => Ok(()),
+            Err(source) => Err(Error::Change {
+                what: format!("adding a rule for table {ROUTING_TABLE}"),
+                source,
+            }),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Makes the addresses of an interface of ours equal to these; link-local ones are the kernel's.
+    pub(super) async fn set_addresses(
+        &self,
+        index: u32,
+        interface: &str,
+        wanted: &[IpNetwork],
+        prefix_route: bool,
+    ) -> Result<(), Error> {
+        let observed: Vec<Address> = self
+            .addresses()
+            .await?
+            .into_iter()
+            .filter(|a| a.index == index)
+            .collect();
+        for old in &observed {
+            if !wanted.contains(&old.network) && old.message.header.scope != AddressScope::Link {
+                let what = format!("removing {} from {interface}", old.network);
+                or_gone(self.netlink().address().del(old.message.clone()).execute().await, what)?;
+            }
+        }
+        for new in wanted
+            .iter()
+            .filter(|new| observed.iter().all(|old| old.network != **new))
+        {
+            let mut request = self.netlink().address().add(index, new.ip(), new.prefix());
+            let message = request.message_mut();
+            let mut flags = AddressFlags::empty();
+            if !prefix_route {
+                flags |= AddressFlags::Noprefixroute;
+            }
+            if new.is_ipv6() {
+                // The address is ours by contract; without this it could not be bound for a second.
+                flags |= AddressFlags::Nodad;
+                message.header.flags |= AddressHeaderFlags::Nodad;
+            }
+            message
+                .attributes
+                .retain(|a| !matches!(a, AddressAttribute::Broadcast(_)));
+            message.attributes.push(AddressAttribute::Flags(flags));
+            let what = format!("adding {new} to {interface}");
+            request
+                .execute()
+                .await
+                .map_err(|source| Error::Change { what, source })?;
+        }
+        Ok(())
+    }
+
+    /// Sets the MTU and brings the interface up.
+    pub(super) async fn set_up(&self, index: u32, interface: &str, mtu_bytes: u16) -> Result<(), Error> {
+        let message = LinkUnspec::new_with_index(index).mtu(mtu_bytes.into()).up().build();
+        let what = format!("bringing {interface} up with an MTU of {mtu_bytes}");
+        self.netlink()
+            .link()
+            .set(message)
+            .execute()
+            .await
+            .map_err(|source| Error::Change { what, source })
+    }
+
+    /// Brings the interface down.
+    pub(super) async fn set_down(&self, index: u32, interface: &str) -> Result<(), Error> {
+        let message = LinkUnspec::new_with_index(index).down().build();
+        or_gone(
+            self.netlink().link().set(message).execute().await,
+            format!("taking {interface} down"),
+        )
+    }
+}

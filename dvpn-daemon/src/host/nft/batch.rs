@@ -1,0 +1,193 @@
+//! A transaction: the kernel applies all of it or nothing (`nfnetlink_rcv_batch`).
+
+use netlink_packet_core::{
+    DefaultNla, Emitable as _, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage,
+};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+    nftables::{
+        ChainAttribute, ChainMessage, Hook, InetHookNumber, NfTablesMessage, RuleAttribute, RuleMessage,
+        TableAttribute, TableFlags, TableMessage,
+    },
+    none::ControlMessage,
+};
+
+use super::expr::{Rule, be32, nul_terminated};
+
+const NFNL_SUBSYS_NFTABLES: u16 = 10;
+const NFTA_OBJ_TABLE: u16 = 1;
+const NFTA_OBJ_NAME: u16 = 2;
+const NFTA_OBJ_TYPE: u16 = 3;
+const NFTA_OBJ_DATA: u16 = 4;
+const NLA_F_NESTED: u16 = 1 << 15;
+const OBJECT_COUNTER: u32 = 1;
+const NF_ACCEPT: u32 = 1;
+
+/// Where a base chain is attached.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Attach {
+    /// Which hook.
+    pub(crate) hook: InetHookNumber,
+    /// Its place among the chains of that hook: lower runs earlier.
+    pub(crate) priority: i32,
+    /// `filter` or `nat`.
+    pub(crate) kind: &'static str,
+}
+
+impl Attach {
+    /// A filter chain.
+    pub(crate) const fn filter(hook: InetHookNumber, priority: i32) -> Self {
+        Self {
+            hook,
+            priority,
+            kind: "filter",
+        }
+    }
+    /// A chain for address translation.
+    pub(crate) const fn nat(hook: InetHookNumber, priority: i32) -> Self {
+        Self {
+            hook,
+            priority,
+            kind: "nat",
+        }
+    }
+}
+
+/// Operations on one table of family inet.
+pub(crate) struct Batch {
+    table: String,
+    operations: Vec<(u16, NfTablesMessage)>,
+}
+
+impl Batch {
+    /// An empty transaction on that table.
+    pub(crate) fn new(table: &str) -> Self {
+        Self {
+            table: table.to_owned(),
+            operations: Vec::new(),
+        }
+    }
+
+    /// Makes the table, if it is not there.
+    pub(crate) fn make_table(&mut self) {
+        self.push(NLM_F_CREATE, NfTablesMessage::NewTable(self.table_message()));
+    }
+
+    /// Removes the table with all it holds. It must be there.
+    pub(crate) fn delete_table(&mut self) {
+        self.push(0, NfTablesMessage::DeleteTable(self.table_message()));
+    }
+
+    /// An empty table, whatever was there before.
+    pub(crate) fn replace_table(&mut self) {
+        self.make_table();
+        self.delete_table();
+        self.make_table();
+    }
+
+    /// Makes a chain, if it is not there. A base chain accepts what its rules leave undecided.
+    pub(crate) fn chain(&mut self, name: &str, attach: Option<Attach>) {
+        let mut attributes = vec![
+            ChainAttribute::Table(self.table.clone()),
+            ChainAttribute::Name(name.to_owned()),
+        ];
+        if let Some(attach) = attach {
+            let priority = u32::from_ne_bytes(attach.priority.to_ne_bytes());
+            attributes.extend([
+                ChainAttribute::Hook(vec![Hook::Number(attach.hook.into()), Hook::Priority(priority)]),
+                ChainAttribute::Policy(NF_ACCEPT),
+                ChainAttribute::Type(attach.kind.to_owned()),
+            ]);
+        }
+        self.push(NLM_F_CREATE, NfTablesMessage::NewChain(ChainMessage { attributes }));
+    }
+
+    /// Empties a chain.
+    pub(crate) fn flush_chain(&mut self, name: &str) {
+        let attributes = vec![
+            RuleAttribute::Table(self.table.clone()),
+            RuleAttribute::Chain(name.to_owned()),
+        ];
+        self.push(0, NfTablesMessage::DeleteRule(RuleMessage { attributes }));
+    }
+
+    /// Makes a named counter that starts at zero.
+    pub(crate) fn counter(&mut self, name: &str) {
+        self.push(
+            NLM_F_CREATE,
+            NfTablesMessage::NewObject(vec![
+                DefaultNla::new(NFTA_OBJ_TABLE, nul_terminated(&self.table)),
+                DefaultNla::new(NFTA_OBJ_NAME, nul_terminated(name)),
+                be32(NFTA_OBJ_TYPE, OBJECT_COUNTER),
+                DefaultNla::new(NFTA_OBJ_DATA | NLA_F_NESTED, Vec::new()),
+            ]),
+        );
+    }
+
+    /// Appends a rule to a chain.
+    pub(crate) fn rule(&mut self, chain: &str, rule: Rule) {
+        let mut attributes = vec![
+            RuleAttribute::Table(self.table.clone()),
+            RuleAttribute::Chain(chain.to_owned()),
+            RuleAttribute::Expressions(rule.expressions.into_iter().map(Into::into).collect()),
+        ];
+        attributes.extend(rule.comment.map(RuleAttribute::UserData));
+        self.push(
+            NLM_F_CREATE | NLM_F_APPEND,
+            NfTablesMessage::NewRule(RuleMessage { attributes }),
+        );
+    }
+
+    fn table_message(&self) -> TableMessage {
+        TableMessage {
+            attributes: vec![
+                TableAttribute::Name(self.table.clone()),
+                TableAttribute::Flags(TableFlags::empty()),
+            ],
+        }
+    }
+
+    fn push(&mut self, flags: u16, operation: NfTablesMessage) {
+        self.operations.push((flags, operation));
+    }
+
+    /// The bytes to send, and the sequence number whose acknowledgement means that all was applied. Only the last
+    /// operation asks for one: errors come unasked, and hundreds of acknowledgements would overflow the socket.
+    pub(super) fn encode(self) -> (Vec<u8>, u32) {
+        let mut out = Vec::new();
+        let last = u32::try_from(self.operations.len()).unwrap_or(u32::MAX);
+        let control = |inner: ControlMessage| {
+            let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, NFNL_SUBSYS_NFTABLES);
+            message(header, inner, 0, 0)
+        };
+        append(&mut out, control(ControlMessage::BatchBegin));
+        for (sequence, (flags, operation)) in (1_u32..).zip(self.operations) {
+            let ack = if sequence == last { NLM_F_ACK } else { 0 };
+            let header = NetfilterHeader::new(NetfilterProtoFamily::Inet, 0, 0);
+            append(&mut out, message(header, operation, flags | ack, sequence));
+        }
+        append(&mut out, control(ControlMessage::BatchEnd));
+        (out, last)
+    }
+}
+
+fn message(
+    header: NetfilterHeader,
+    inner: impl Into<NetfilterMessageInner>,
+    flags: u16,
+    sequence: u32,
+) -> NetlinkMessage<NetfilterMessage> {
+    let mut message = NetlinkMessage::from(NetfilterMessage::new(header, inner));
+    message.header.flags = NLM_F_REQUEST | flags;
+    message.header.sequence_number = sequence;
+    message.finalize();
+    message
+}
+
+fn append(out: &mut Vec<u8>, message: NetlinkMessage<NetfilterMessage>) {
+    let start = out.len();
+    out.resize(start + message.buffer_len(), 0);
+    if let Some(room) = out.get_mut(start..) {
+        message.emit(room);
+    }
+}

@@ -1,0 +1,94 @@
+//! nftables over netlink: transactions, counters and rule comments. No C library and no nft program.
+
+pub(crate) mod batch;
+pub(crate) mod expr;
+pub(crate) mod read;
+
+use std::io;
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+
+use batch::Batch;
+
+const HEADER_BYTES: usize = 16;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+
+/// One message of an answer, as far as this module reads it.
+pub(super) struct Answer<'a> {
+    kind: u16,
+    sequence: u32,
+    /// After the netlink header.
+    payload: &'a [u8],
+}
+
+fn answers(mut bytes: &[u8]) -> Vec<Answer<'_>> {
+    let mut found = Vec::new();
+    while let Some((header, _)) = bytes.split_first_chunk::<HEADER_BYTES>() {
+        let [l0, l1, l2, l3, k0, k1, _, _, s0, s1, s2, s3, ..] = *header;
+        let length = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).unwrap_or(0);
+        let Some(payload) = bytes.get(HEADER_BYTES..length) else {
+            break;
+        };
+        found.push(Answer {
+            kind: u16::from_ne_bytes([k0, k1]),
+            sequence: u32::from_ne_bytes([s0, s1, s2, s3]),
+            payload,
+        });
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    found
+}
+
+fn error_code(payload: &[u8]) -> Option<i32> {
+    payload.first_chunk::<4>().map(|code| i32::from_ne_bytes(*code))
+}
+
+fn open() -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    socket.bind(&SocketAddr::new(0, 0))?;
+    // Answers are queued before `send` returns, so reading never has to wait.
+    socket.set_non_blocking(true)?;
+    Ok(socket)
+}
+
+/// Applies the whole transaction or nothing.
+pub(crate) fn commit(batch: Batch) -> io::Result<()> {
+    let (bytes, last) = batch.encode();
+    let socket = open()?;
+    socket.send(&bytes, 0)?;
+    let mut applied = false;
+    loop {
+        let answer = match socket.recv_from_full() {
+            Ok((answer, _)) => answer,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        };
+        for message in answers(&answer) {
+            if message.kind != NLMSG_ERROR {
+                continue;
+            }
+            match error_code(message.payload) {
+                Some(0) => applied |= message.sequence == last,
+                Some(code) => return Err(io::Error::from_raw_os_error(-code)),
+                None => return Err(io::ErrorKind::InvalidData.into()),
+            }
+        }
+    }
+    if applied {
+        Ok(())
+    } else {
+        Err(io::Error::other("the kernel did not acknowledge the transaction"))
+    }
+}
+
+/// Removes a table; false if there was none.
+pub(crate) fn delete_table(table: &str) -> io::Result<bool> {
+    let mut batch = Batch::new(table);
+    batch.delete_table();
+    match commit(batch) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}

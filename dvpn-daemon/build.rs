@@ -12,13 +12,16 @@
 //! is empty, `ebpf::AVAILABLE` is false and the build says so; `DVPN_EBPF_REQUIRED=1` makes that an error. A route
 //! that exists and fails is an error always.
 // Cargo reads a build script's answers from its standard output.
-#![allow(clippy::print_stdout, reason = "cargo reads a build script's answers from standard output")]
+#![allow(
+    clippy::print_stdout,
+    reason = "cargo reads a build script's answers from standard output"
+)]
 
 use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 /// The first Rust whose std sources build with the flags below, and the workspace's `rust-version`.
 const RUST_MINOR: u32 = 95;
@@ -32,20 +35,23 @@ const RUSTFLAGS: &[&str] = &["-Ctarget-cpu=v3", "-Cdebuginfo=2", "-Clink-arg=--b
 struct Route {
     name: &'static str,
     /// Program and arguments before cargo's own.
-    cargo: Vec<String>,
+    cargo: &'static [&'static str],
     /// The compiler to force, when cargo would find another one first.
-    rustc: Option<String>,
+    rustc: Option<&'static str>,
     /// Folder to put first in `PATH`.
     path: Option<&'static str>,
 }
 
-fn main() {
+fn main() -> ExitCode {
     for name in ["DVPN_EBPF_OBJECT", "DVPN_EBPF_REQUIRED"] {
-        println!("cargo:rerun-if-env-changed={name}");
+        println!("cargo::rerun-if-env-changed={name}");
     }
-    if let Err(error) = run() {
-        println!("cargo:error={error}");
-        std::process::exit(1);
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("cargo::error={error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -54,7 +60,7 @@ fn run() -> Result<(), String> {
     let object = out.join("dvpn-ebpf");
     if let Some(given) = env::var_os("DVPN_EBPF_OBJECT").filter(|value| !value.is_empty()) {
         let given = PathBuf::from(given);
-        println!("cargo:rerun-if-changed={}", given.display());
+        println!("cargo::rerun-if-changed={}", given.display());
         return copy(&given, &object);
     }
 
@@ -63,13 +69,18 @@ fn run() -> Result<(), String> {
         .map(Path::to_path_buf)
         .ok_or("dvpn-daemon has no parent folder")?;
     // The object depends on dvpn-ebpf and on the no_std part of dvpn-common; the lock file pins aya-ebpf.
-    for input in ["dvpn-ebpf", "dvpn-common/Cargo.toml", "dvpn-common/src/lib.rs", "dvpn-common/src/abi.rs"] {
-        println!("cargo:rerun-if-changed={}", workspace.join(input).display());
+    for input in [
+        "dvpn-ebpf",
+        "dvpn-common/Cargo.toml",
+        "dvpn-common/src/lib.rs",
+        "dvpn-common/src/abi.rs",
+    ] {
+        println!("cargo::rerun-if-changed={}", workspace.join(input).display());
     }
     for input in ["Cargo.toml", "Cargo.lock"] {
-        println!("cargo:rerun-if-changed={}", workspace.join(input).display());
+        println!("cargo::rerun-if-changed={}", workspace.join(input).display());
     }
-    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build.rs");
 
     match (find_linker(), find_route()) {
         (Some(linker), Some(route)) => build(&route, &linker, &workspace, &out, &object),
@@ -94,16 +105,15 @@ fn unavailable(missing: &str, object: &Path) -> Result<(), String> {
     if env::var("DVPN_EBPF_REQUIRED").is_ok_and(|value| value == "1") {
         return Err(advice);
     }
-    println!("cargo:warning={advice}; this daemon will have no traffic counters");
+    println!("cargo::warning={advice}; this daemon will have no traffic counters");
     // A file that never exists makes cargo ask again at the next build, when the tools may be there.
-    println!("cargo:rerun-if-changed={}", object.with_extension("missing").display());
+    println!("cargo::rerun-if-changed={}", object.with_extension("missing").display());
     fs::write(object, []).map_err(|error| format!("cannot write {}: {error}", object.display()))
 }
 
 fn build(route: &Route, linker: &Path, workspace: &Path, out: &Path, object: &Path) -> Result<(), String> {
     let target_dir = out.join("ebpf-target");
-    let mut words = route.cargo.iter();
-    let program = words.next().ok_or("a route without a program")?;
+    let (program, words) = route.cargo.split_first().ok_or("a route without a program")?;
     let mut cargo = Command::new(program);
     cargo.args(words);
     scrub(&mut cargo);
@@ -111,7 +121,7 @@ fn build(route: &Route, linker: &Path, workspace: &Path, out: &Path, object: &Pa
     let mut flags = vec![format!("-Clinker={}", linker.display())];
     flags.extend(RUSTFLAGS.iter().map(ToString::to_string));
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
-    if let Some(rustc) = &route.rustc {
+    if let Some(rustc) = route.rustc {
         cargo.env("RUSTC", rustc);
     }
     if let Some(first) = route.path {
@@ -120,18 +130,40 @@ fn build(route: &Route, linker: &Path, workspace: &Path, out: &Path, object: &Pa
     }
     cargo
         .current_dir(workspace)
-        .args(["build", "--locked", "--package", "dvpn-ebpf", "--bin", "dvpn-ebpf", "--release"])
+        .args([
+            "build",
+            "--locked",
+            "--package",
+            "dvpn-ebpf",
+            "--bin",
+            "dvpn-ebpf",
+            "--release",
+        ])
         .args(["--target", TARGET, "-Z", "build-std=core", "--target-dir"])
         .arg(&target_dir)
         // One unit and full LTO let bpf-linker inline everything; the debug information becomes BTF.
-        .args(["--config", "profile.release.lto='fat'", "--config", "profile.release.codegen-units=1"])
+        .args([
+            "--config",
+            "profile.release.lto='fat'",
+            "--config",
+            "profile.release.codegen-units=1",
+        ])
         .args(["--config", "profile.release.strip='none'"]);
-    let result = cargo.output().map_err(|error| format!("cannot run {program}: {error}"))?;
+    let result = cargo
+        .output()
+        .map_err(|error| format!("cannot run {program}: {error}"))?;
     if !result.status.success() {
         let log = String::from_utf8_lossy(&result.stderr).into_owned();
         eprintln!("{log}");
         let tail: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
-        let tail = tail.iter().rev().take(12).rev().copied().collect::<Vec<_>>().join(" | ");
+        let tail = tail
+            .iter()
+            .rev()
+            .take(12)
+            .rev()
+            .copied()
+            .collect::<Vec<_>>()
+            .join(" | ");
         return Err(format!(
             "the eBPF object did not build with {} and {}: {tail}. DVPN_EBPF_OBJECT takes one built elsewhere",
             route.name,
@@ -146,9 +178,19 @@ fn scrub(command: &mut Command) {
     for (name, _) in env::vars_os() {
         let Some(name) = name.to_str() else { continue };
         let cargo_own = name.starts_with("CARGO") && !matches!(name, "CARGO_HOME" | "CARGO_HTTP_CAINFO");
-        let registry = name.starts_with("CARGO_REGISTR") || name.starts_with("CARGO_NET_") || name.starts_with("CARGO_HTTP_");
+        let registry =
+            name.starts_with("CARGO_REGISTR") || name.starts_with("CARGO_NET_") || name.starts_with("CARGO_HTTP_");
         let compiler = name.starts_with("RUST") && name != "RUSTUP_HOME";
-        let script = ["PROFILE", "OPT_LEVEL", "DEBUG", "TARGET", "HOST", "NUM_JOBS", "OUT_DIR", "LD_LIBRARY_PATH"];
+        let script = [
+            "PROFILE",
+            "OPT_LEVEL",
+            "DEBUG",
+            "TARGET",
+            "HOST",
+            "NUM_JOBS",
+            "OUT_DIR",
+            "LD_LIBRARY_PATH",
+        ];
         if (cargo_own && !registry) || compiler || script.contains(&name) || name.starts_with("DEP_") {
             command.env_remove(name);
         }
@@ -156,40 +198,46 @@ fn scrub(command: &mut Command) {
 }
 
 fn find_route() -> Option<Route> {
-    let system = Route {
-        name: "the system's Rust",
-        cargo: vec!["/usr/bin/cargo".into()],
-        rustc: Some("/usr/bin/rustc".into()),
-        path: Some("/usr/bin"),
-    };
-    if Path::new("/usr/bin/cargo").exists() && has_core_sources(&mut Command::new("/usr/bin/rustc")) {
-        return Some(system);
+    if Path::new("/usr/bin/cargo").exists() && has_core_sources(&["/usr/bin/rustc"]) {
+        return Some(Route {
+            name: "the system's Rust",
+            cargo: &["/usr/bin/cargo"],
+            rustc: Some("/usr/bin/rustc"),
+            path: Some("/usr/bin"),
+        });
     }
-    let mut nightly = Command::new("rustup");
-    nightly.args(["run", "nightly", "rustc"]);
-    has_core_sources(&mut nightly).then(|| Route {
+    has_core_sources(&["rustup", "run", "nightly", "rustc"]).then_some(Route {
         name: "rustup's nightly",
-        cargo: ["rustup", "run", "nightly", "cargo"].map(String::from).to_vec(),
+        cargo: &["rustup", "run", "nightly", "cargo"],
         rustc: None,
         path: None,
     })
 }
 
 /// Whether this compiler is new enough and has the sources of `core` beside it.
-fn has_core_sources(rustc: &mut Command) -> bool {
-    scrub(rustc);
-    let Ok(answer) = rustc.args(["--version", "--print", "sysroot"]).output() else { return false };
-    let text = String::from_utf8_lossy(&answer.stdout).into_owned();
-    let mut lines = text.lines();
-    let minor = lines.next().and_then(|version| version.split('.').nth(1)).and_then(|minor| minor.parse::<u32>().ok());
-    let sources = lines.next().map(|sysroot| Path::new(sysroot).join("lib/rustlib/src/rust/library/core/Cargo.toml"));
-    answer.status.success()
-        && minor.is_some_and(|minor| minor >= RUST_MINOR)
-        && sources.is_some_and(|manifest| manifest.exists())
+fn has_core_sources(rustc: &[&str]) -> bool {
+    let minor = answer(rustc, &["--version"])
+        .and_then(|version| version.split('.').nth(1).and_then(|minor| minor.parse::<u32>().ok()));
+    let sources = answer(rustc, &["--print", "sysroot"])
+        .map(|sysroot| Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml"));
+    minor.is_some_and(|minor| minor >= RUST_MINOR) && sources.is_some_and(|manifest| manifest.exists())
+}
+
+fn answer(words: &[&str], arguments: &[&str]) -> Option<String> {
+    let (program, rest) = words.split_first()?;
+    let mut command = Command::new(program);
+    scrub(&mut command);
+    let output = command.args(rest).args(arguments).output().ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn find_linker() -> Option<PathBuf> {
-    let on_path = env::var_os("PATH").into_iter().flat_map(|path| env::split_paths(&path).collect::<Vec<_>>());
+    let on_path = env::var_os("PATH")
+        .into_iter()
+        .flat_map(|path| env::split_paths(&path).collect::<Vec<_>>());
     let cache = env::var_os("XDG_CACHE_HOME")
         .filter(|value| !value.is_empty())
         .map(PathBuf::from)
@@ -202,7 +250,11 @@ fn find_linker() -> Option<PathBuf> {
 
 fn copy(from: &Path, to: &Path) -> Result<(), String> {
     fs::copy(from, to).map_err(|error: io::Error| {
-        format!("cannot copy the eBPF object from {} to {}: {error}", from.display(), to.display())
+        format!(
+            "cannot copy the eBPF object from {} to {}: {error}",
+            from.display(),
+            to.display()
+        )
     })?;
     Ok(())
 }

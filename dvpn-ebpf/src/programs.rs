@@ -37,7 +37,9 @@ pub(crate) fn count_egress(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn count(ctx: &TcContext, direction: u32) {
-    let Some(counter) = COUNTERS.get_ptr_mut(direction) else { return };
+    let Some(counter) = COUNTERS.get_ptr_mut(direction) else {
+        return;
+    };
     // SAFETY: LINK_HEADER lives in .rodata, which the loader writes before the program runs; the read is volatile so
     // that the value in the object file is not folded in.
     let link_header = unsafe { ptr::read_volatile(&raw const LINK_HEADER) };
@@ -88,7 +90,13 @@ fn byte(ctx: &TcContext, offset: u32) -> Option<u8> {
     let mut value = 0u8;
     // SAFETY: the destination is one byte on the stack and the length says so; the helper checks the offset.
     let result = unsafe {
-        bpf_skb_load_bytes_relative(ctx.skb.skb.cast(), offset, (&raw mut value).cast(), 1, BPF_HDR_START_NET)
+        bpf_skb_load_bytes_relative(
+            ctx.skb.skb.cast(),
+            offset,
+            (&raw mut value).cast(),
+            1,
+            BPF_HDR_START_NET,
+        )
     };
     (result == 0).then_some(value)
 }

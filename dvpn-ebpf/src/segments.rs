@@ -47,6 +47,9 @@ mod tests {
 
     #[test]
     fn the_largest_buffer_does_not_overflow() {
-        assert_eq!(count(u32::MAX, 40, 1), ((u32::MAX - 40) as u64, u32::MAX as u64 + (u32::MAX as u64 - 41) * 40));
+        assert_eq!(
+            count(u32::MAX, 40, 1),
+            ((u32::MAX - 40) as u64, u32::MAX as u64 + (u32::MAX as u64 - 41) * 40)
+        );
     }
 }

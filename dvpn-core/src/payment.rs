@@ -4,6 +4,7 @@
 //! monthly, `amount_usd` is at least 9.99. The amount is read digit by digit from the JSON text, never through a
 //! float: what is compared is what was sent.
 
+use aws_lc_rs::digest::{SHA256, digest};
 use dvpn_common::{
     contract::VerifyRequest,
     limits::{
@@ -16,7 +17,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::{
-    Failure, Retry,
+    Failure, Retry, seal,
     text::{excerpt, excerpt_bytes},
 };
 
@@ -43,18 +44,35 @@ impl Subscription {
     pub fn is_valid(&self, now: Timestamp) -> bool {
         now < self.valid_until
     }
-    /// Both times in seconds, for the sealed record.
-    pub(crate) fn to_seconds(self) -> [i64; 2] {
-        [self.valid_until.as_second(), self.verified_at.as_second()]
+    /// The sealed record of this subscription; it is good only together with the token it was verified for.
+    pub fn seal(&self, token: &str, key: &seal::Key, nonce: [u8; seal::NONCE_BYTES]) -> Result<Vec<u8>, seal::Error> {
+        let mut record = Vec::with_capacity(48);
+        record.extend_from_slice(&self.valid_until.as_second().to_be_bytes());
+        record.extend_from_slice(&self.verified_at.as_second().to_be_bytes());
+        record.extend_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+        key.seal(RECORD_PURPOSE, &record, nonce)
     }
-    /// Reverses [`Self::to_seconds`]; only the sealed record calls it.
-    pub(crate) fn from_seconds([valid_until, verified_at]: [i64; 2]) -> Option<Self> {
-        Some(Self {
-            valid_until: Timestamp::from_second(valid_until).ok()?,
-            verified_at: Timestamp::from_second(verified_at).ok()?,
-        })
+    /// Opens a sealed record; nothing if it is about another token.
+    pub fn open(sealed: &[u8], token: &str, key: &seal::Key) -> Result<Option<Self>, seal::Error> {
+        let record = key.open(RECORD_PURPOSE, sealed)?;
+        let (valid_until, rest) = record.split_first_chunk::<8>().ok_or(seal::Error::Damaged)?;
+        let (verified_at, of_token) = rest.split_first_chunk::<8>().ok_or(seal::Error::Damaged)?;
+        if digest(&SHA256, token.as_bytes()).as_ref() != of_token {
+            return Ok(None);
+        }
+        let time = |bytes| {
+            Timestamp::from_second(i64::from_be_bytes(bytes))
+                .ok()
+                .ok_or(seal::Error::Damaged)
+        };
+        Ok(Some(Self {
+            valid_until: time(*valid_until)?,
+            verified_at: time(*verified_at)?,
+        }))
     }
 }
+
+const RECORD_PURPOSE: &str = "subscription";
 
 /// What one verify request told us.
 #[derive(Debug, Clone, PartialEq, Eq)]

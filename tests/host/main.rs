@@ -1,0 +1,17 @@
+//! The host module and the provider side on real kernel interfaces, in network namespaces of their own. Needs root.
+//!
+//! Every test begins by leaving the machine's network for an empty one; nextest runs each in its own process.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on must fail"
+)]
+
+
+mod cleanup;
+mod client;
+
+mod namespace;
+

@@ -490,3 +490,7 @@ fn end(subscription: &Subscription, now: Timestamp, ends: &[Option<Timestamp>]) 
     let end = ends.iter().flatten().fold(limit, |earliest, end| earliest.min(*end));
     if end <= now { Err(Error::Over(end)) } else { Ok(end) }
 }
+
+#[cfg(test)]
+#[path = "approval_tests.rs"]
+mod tests;

@@ -367,3 +367,7 @@ fn socket_address(field: &'static str, text: &str, private: bool) -> Result<Sock
     }
     Ok(address)
 }
+
+#[cfg(test)]
+#[path = "directory_tests.rs"]
+mod tests;

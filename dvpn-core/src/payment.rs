@@ -267,6 +267,9 @@ fn whole_cents(text: &str) -> Result<u64, &'static str> {
     if text.starts_with('-') {
         return Err("is negative");
     }
+    if !text.starts_with(|first: char| first.is_ascii_digit()) {
+        return Err("is not a number");
+    }
     if text.contains(['e', 'E']) {
         return Err("has an exponent");
     }
@@ -313,3 +316,7 @@ fn amount_is_not_a_number(body: &[u8]) -> bool {
     serde_json::from_str::<Answer<'_>>(&mended)
         .is_ok_and(|answer| answer.amount_usd.is_some_and(|raw| raw.get() == "[]"))
 }
+
+#[cfg(test)]
+#[path = "payment_tests.rs"]
+mod tests;

@@ -1,1 +1,352 @@
-//! What survives a restart: sealed token and subscription, the wish, the last endpoint, the user id.
+//! What survives a restart: sealed token and subscription, the wish, the last endpoint, the user id, the node's keys.
+//!
+//! Every file is replaced whole (written beside, synced, renamed) with mode 0600 in a directory of mode 0700. Secrets
+//! are sealed ([`dvpn_core::seal`]) with `TOKEN_PASSPHRASE`, or with a random key file made once. A file that does not
+//! read is an error that says what to do; it is kept beside when something new takes its place.
+
+mod files;
+mod sealer;
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use dvpn_common::{
+    ids::{ProviderId, UserId},
+    keys::{PrivateKey, VerifyingKey},
+};
+use dvpn_core::{config::Secret, payment::Subscription, seal};
+use zeroize::Zeroizing;
+
+use self::{files::Files, sealer::Sealer};
+
+const TOKEN: &str = "token";
+const SUBSCRIPTION: &str = "subscription";
+const IDENTITY: &str = "identity";
+const PROVIDER_KEY: &str = "provider-key";
+const WISH: &str = "wish";
+const LAST_ENDPOINT: &str = "last-endpoint";
+const USER_ID: &str = "user-id";
+const NODE_ID: &str = "node-id";
+const POOL_KEY: &str = "pool-key";
+const SEALING_KEY: &str = "sealing.key";
+
+/// Why something was not stored or not read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The directory cannot be made, or not be made private.
+    #[error("the state directory {path} is not usable: give it to the daemon's user, mode 0700 (STATE_DIRECTORY)")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file does not read.
+    #[error("reading {path}: check its owner and the disk")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be written.
+    #[error("writing {path}: check the owner of its directory and the space on the disk")]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A plain file that holds something else than it should.
+    #[error("{path} is damaged: restore it from a backup, or remove it")]
+    Damaged {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A sealed record that is not ours, not whole, or newer.
+    #[error("{path} is refused: {source}")]
+    Sealed {
+        /// Which.
+        path: PathBuf,
+        /// Why, and what to do.
+        #[source]
+        source: seal::Error,
+    },
+    /// The key file can be read by others than its owner.
+    #[error(
+        "{path} has mode {mode:03o}: others may have read it; chmod 600 it, and pay or store the token anew if in doubt"
+    )]
+    Exposed {
+        /// Which.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// The operating system gave no randomness.
+    #[error("the operating system gives no random numbers")]
+    Random,
+    /// A background thread died.
+    #[error("the thread that opens sealed files died")]
+    Thread,
+}
+
+/// The state directory. Clones share it.
+#[derive(Clone)]
+pub struct State {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    files: Files,
+    sealer: Sealer,
+}
+
+impl State {
+    /// Opens the directory, making it if need be. Derives no key: that happens at the first sealed read or write.
+    pub fn open(directory: &Path, passphrase: Option<&Secret>) -> Result<Self, Error> {
+        let files = Files::open(directory)?;
+        let material = match passphrase {
+            Some(passphrase) => seal::Material::Passphrase(passphrase.clone()),
+            None => seal::Material::KeyFile(files.sealing_key(SEALING_KEY)?),
+        };
+        Ok(Self {
+            inner: Arc::new(Inner {
+                files,
+                sealer: Sealer::new(material),
+            }),
+        })
+    }
+
+    /// The stored token.
+    pub async fn token(&self) -> Result<Option<Secret>, Error> {
+        let Some(bytes) = self.open_sealed(TOKEN).await? else {
+            return Ok(None);
+        };
+        let text = std::str::from_utf8(&bytes).ok().ok_or_else(|| self.damaged(TOKEN))?;
+        Ok(Some(Secret::new(text)))
+    }
+
+    /// Stores a token in place of the last.
+    pub async fn store_token(&self, token: &Secret) -> Result<(), Error> {
+        self.seal(TOKEN, Zeroizing::new(token.expose().as_bytes().to_vec()))
+            .await
+    }
+
+    /// The last verified subscription, if it was for `token`.
+    pub async fn subscription(&self, token: &Secret) -> Result<Option<Subscription>, Error> {
+        let token = token.clone();
+        self.blocking(move |inner| {
+            let Some(sealed) = inner.files.read(SUBSCRIPTION)? else {
+                return Ok(None);
+            };
+            let key = inner
+                .sealer
+                .key_of(&sealed)
+                .map_err(|source| inner.files.sealed(SUBSCRIPTION, source))?;
+            Subscription::open(&sealed, token.expose(), &key).map_err(|source| inner.files.sealed(SUBSCRIPTION, source))
+        })
+        .await
+    }
+
+    /// Stores what the payment server said of `token`.
+    pub async fn store_subscription(&self, subscription: &Subscription, token: &Secret) -> Result<(), Error> {
+        let (subscription, token) = (*subscription, token.clone());
+        self.blocking(move |inner| {
+            let key = inner
+                .sealer
+                .key()
+                .map_err(|source| inner.files.sealed(SUBSCRIPTION, source))?;
+            let sealed = subscription
+                .seal(token.expose(), &key, random()?)
+                .map_err(|source| inner.files.sealed(SUBSCRIPTION, source))?;
+            inner.replace_sealed(SUBSCRIPTION, &sealed)
+        })
+        .await
+    }
+
+    /// Whether a session is wanted. A wish that does not read counts as one: a daemon that forgets to connect leaves
+    /// its user unprotected, one that connects unasked does not.
+    pub fn wish(&self) -> bool {
+        match self.inner.files.read(WISH) {
+            Ok(None) => false,
+            Ok(Some(bytes)) => bytes.trim_ascii() != b"none",
+            Err(error) => {
+                tracing::warn!(%error, "the stored wish does not read; connecting");
+                true
+            }
+        }
+    }
+
+    /// Stores whether a session is wanted.
+    pub fn store_wish(&self, wanted: bool) -> Result<(), Error> {
+        self.inner
+            .files
+            .write(WISH, if wanted { b"connect\n" } else { b"none\n" })
+    }
+
+    /// The endpoint used last. One that does not read is no loss.
+    pub fn last_endpoint(&self) -> Option<SocketAddr> {
+        self.text(LAST_ENDPOINT).ok().flatten()?.parse().ok()
+    }
+
+    /// Remembers the endpoint used.
+    pub fn store_last_endpoint(&self, endpoint: SocketAddr) -> Result<(), Error> {
+        self.inner
+            .files
+            .write(LAST_ENDPOINT, format!("{endpoint}\n").as_bytes())
+    }
+
+    /// The random number that stands for this customer at checkout: 128 bits, made once.
+    pub fn user_id(&self) -> Result<UserId, Error> {
+        self.made_once(USER_ID, || Ok(hex(&random::<16>()?)))
+    }
+
+    /// The random id of this install as a provider, made once; no relation to the user id.
+    pub fn node_id(&self) -> Result<ProviderId, Error> {
+        self.made_once(NODE_ID, || Ok(format!("node-{}", hex(&random::<8>()?))))
+    }
+
+    /// The pool's key as first seen.
+    pub fn pool_key(&self) -> Result<Option<VerifyingKey>, Error> {
+        match self.text(POOL_KEY)? {
+            None => Ok(None),
+            Some(text) => text.parse().map(Some).ok().ok_or_else(|| self.damaged(POOL_KEY)),
+        }
+    }
+
+    /// Pins the pool's key. The caller has checked that a new one was signed by the old.
+    pub fn store_pool_key(&self, key: &VerifyingKey) -> Result<(), Error> {
+        self.inner.files.write(POOL_KEY, format!("{key}\n").as_bytes())
+    }
+
+    /// The seed of the node's Ed25519 identity, made once.
+    pub async fn identity_seed(&self) -> Result<Zeroizing<[u8; 32]>, Error> {
+        self.secret_once(IDENTITY).await
+    }
+
+    /// The key of the provider interface, made once.
+    pub async fn provider_key(&self) -> Result<PrivateKey, Error> {
+        self.secret_once(PROVIDER_KEY)
+            .await
+            .map(|bytes| PrivateKey::from_bytes(*bytes))
+    }
+
+    fn damaged(&self, name: &str) -> Error {
+        Error::Damaged {
+            path: self.inner.files.path(name),
+        }
+    }
+
+    fn text(&self, name: &str) -> Result<Option<String>, Error> {
+        let Some(bytes) = self.inner.files.read(name)? else {
+            return Ok(None);
+        };
+        let text = String::from_utf8(bytes).ok().ok_or_else(|| self.damaged(name))?;
+        Ok(Some(text.trim().to_owned()))
+    }
+
+    fn made_once<T: std::str::FromStr>(
+        &self,
+        name: &str,
+        make: impl FnOnce() -> Result<String, Error>,
+    ) -> Result<T, Error> {
+        if self.text(name)?.is_none() {
+            self.inner.files.create(name, format!("{}\n", make()?).as_bytes())?;
+        }
+        let text = self.text(name)?.ok_or_else(|| self.damaged(name))?;
+        text.parse().ok().ok_or_else(|| self.damaged(name))
+    }
+
+    async fn secret_once(&self, name: &'static str) -> Result<Zeroizing<[u8; 32]>, Error> {
+        self.blocking(move |inner| {
+            if inner.files.read(name)?.is_none() {
+                let fresh = Zeroizing::new(random::<32>()?);
+                inner.files.create(name, &inner.seal(name, fresh.as_slice())?)?;
+            }
+            let bytes = inner.open_sealed(name)?;
+            let bytes = bytes.ok_or_else(|| Error::Damaged {
+                path: inner.files.path(name),
+            })?;
+            let secret: &[u8; 32] = bytes.as_slice().try_into().ok().ok_or_else(|| Error::Damaged {
+                path: inner.files.path(name),
+            })?;
+            Ok(Zeroizing::new(*secret))
+        })
+        .await
+    }
+
+    async fn open_sealed(&self, name: &'static str) -> Result<Option<Zeroizing<Vec<u8>>>, Error> {
+        self.blocking(move |inner| inner.open_sealed(name)).await
+    }
+
+    async fn seal(&self, name: &'static str, plaintext: Zeroizing<Vec<u8>>) -> Result<(), Error> {
+        self.blocking(move |inner| {
+            let sealed = inner.seal(name, &plaintext)?;
+            inner.replace_sealed(name, &sealed)
+        })
+        .await
+    }
+
+    /// Key derivation takes tens of milliseconds and a sync some: neither belongs on the threads that carry packets.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let inner = Arc::clone(&self.inner);
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::Thread),
+        }
+    }
+}
+
+impl Inner {
+    fn seal(&self, name: &str, plaintext: &[u8]) -> Result<Vec<u8>, Error> {
+        let key = self.sealer.key().map_err(|source| self.files.sealed(name, source))?;
+        key.seal(name, plaintext, random()?)
+            .map_err(|source| self.files.sealed(name, source))
+    }
+
+    fn open_sealed(&self, name: &str) -> Result<Option<Zeroizing<Vec<u8>>>, Error> {
+        let Some(sealed) = self.files.read(name)? else {
+            return Ok(None);
+        };
+        let key = self
+            .sealer
+            .key_of(&sealed)
+            .map_err(|source| self.files.sealed(name, source))?;
+        key.open(name, &sealed)
+            .map(Some)
+            .map_err(|source| self.files.sealed(name, source))
+    }
+
+    /// Replaces a sealed record; one that does not open is somebody's, so it is kept beside.
+    fn replace_sealed(&self, name: &str, sealed: &[u8]) -> Result<(), Error> {
+        if let Err(error) = self.open_sealed(name) {
+            let kept = self.files.keep_aside(name)?;
+            tracing::warn!(%error, kept = %kept.display(), "an unreadable record is kept beside the new one");
+        }
+        self.files.write(name, sealed)
+    }
+}
+
+/// Random bytes from the operating system.
+fn random<const N: usize>() -> Result<[u8; N], Error> {
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes).ok().ok_or(Error::Random)?;
+    Ok(bytes)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests;

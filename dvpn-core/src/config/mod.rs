@@ -213,3 +213,6 @@ impl Config {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,10 @@
 //! With [`TunnelConfig::offload`] both edges move up to 64 KB at a time: the kernel hands over and takes TCP
 //! super-packets, and UDP datagrams of one peer go out and come in as one message.
 
+mod headers;
+mod join;
 mod link;
+mod split;
 mod tun;
 mod udp;
 

@@ -1,6 +1,10 @@
 //! The inner side: IP packets to and from the kernel through a TUN device.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io::{self, IoSlice},
+    sync::Arc,
+    time::Duration,
+};
 
 use gotatun::{
     packet::{Ip, Packet, PacketBufPool},
@@ -8,18 +12,22 @@ use gotatun::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
-use tun_rs::{AsyncDevice, DeviceBuilder, GROTable, IDEAL_BATCH_SIZE, VIRTIO_NET_HDR_LEN};
+use tun_rs::{AsyncDevice, DeviceBuilder, VIRTIO_NET_HDR_LEN, VirtioNetHdr};
 
-use super::Death;
+use super::{Death, join::Joiner, split::split};
 
 /// Packets between the protocol engine and the kernel; beyond it the engine waits.
 const QUEUE_PACKETS: usize = 512;
+/// Packets of one write round.
+const BATCH_PACKETS: usize = 128;
 /// Pause after an error that is not the end, so that one that stays does not eat a core.
 const ERROR_PAUSE: Duration = Duration::from_millis(20);
 
 /// An open TUN. The interface goes when the last reference does.
 pub(super) struct Tun {
     device: AsyncDevice,
+    /// Frames begin with a virtio header and may hold many packets.
+    offload: bool,
     /// Dropped after the descriptor: tells [`super::UserspaceTunnel`] that the interface is gone.
     _closed: oneshot::Sender<()>,
 }
@@ -36,6 +44,7 @@ pub(super) fn open(interface: &str, mtu_bytes: u16, offload: bool) -> io::Result
     Ok((
         Arc::new(Tun {
             device,
+            offload,
             _closed: closed,
         }),
         seen,
@@ -63,35 +72,48 @@ pub(super) struct TunReader {
     mtu: MtuWatcher,
     death: Death,
     frame: Vec<u8>,
-    segments: Vec<Vec<u8>>,
-    sizes: Vec<usize>,
+    packets: Vec<Packet<Ip>>,
 }
 
 impl TunReader {
     pub(super) fn new(tun: Arc<Tun>, mtu: watch::Receiver<u16>, death: Death) -> Self {
+        let frame = vec![0; VIRTIO_NET_HDR_LEN + usize::from(u16::MAX)];
         Self {
             tun,
             mtu: mtu.into(),
             death,
-            frame: vec![0; VIRTIO_NET_HDR_LEN + usize::from(u16::MAX)],
-            segments: vec![vec![0; 2048]; IDEAL_BATCH_SIZE],
-            sizes: vec![0; IDEAL_BATCH_SIZE],
+            frame,
+            packets: Vec::new(),
         }
+    }
+
+    /// Reads one frame and puts its packets into `self.packets`; `None` when it was none.
+    async fn read(&mut self) -> io::Result<Option<()>> {
+        let length = self.tun.device.recv(&mut self.frame).await?;
+        let Some(frame) = self.frame.get_mut(..length) else {
+            return Ok(None);
+        };
+        let none = VirtioNetHdr::default();
+        if !self.tun.offload {
+            return Ok(split(&none, frame, &mut self.packets));
+        }
+        let Some((header, frame)) = frame.split_at_mut_checked(VIRTIO_NET_HDR_LEN) else {
+            return Ok(None);
+        };
+        Ok(split(&VirtioNetHdr::decode(header)?, frame, &mut self.packets))
     }
 }
 
 impl IpRecv for TunReader {
     async fn recv<'a>(
         &'a mut self,
-        pool: &mut PacketBufPool,
+        _pool: &mut PacketBufPool,
     ) -> io::Result<impl Iterator<Item = Packet<Ip>> + Send + 'a> {
-        let count = loop {
-            let read = self
-                .tun
-                .device
-                .recv_multiple(&mut self.frame, &mut self.segments, &mut self.sizes, 0);
-            match read.await {
-                Ok(count) => break count,
+        self.packets.clear();
+        while self.packets.is_empty() {
+            match self.read().await {
+                Ok(Some(())) => {}
+                Ok(None) => tracing::trace!("the TUN handed over what is no packet"),
                 Err(error) if is_gone(&error) => {
                     self.death.report("the interface was deleted".to_owned());
                     return Err(io::Error::from_raw_os_error(libc::EBADFD));
@@ -101,20 +123,8 @@ impl IpRecv for TunReader {
                     tokio::time::sleep(ERROR_PAUSE).await;
                 }
             }
-        };
-        let pool = pool.clone();
-        Ok(self
-            .segments
-            .iter()
-            .zip(&self.sizes)
-            .take(count)
-            .filter_map(move |(segment, size)| {
-                let segment = segment.get(..*size)?;
-                let mut packet = pool.get();
-                packet.buf_mut().clear();
-                packet.buf_mut().extend_from_slice(segment);
-                packet.try_into_ip().ok()
-            }))
+        }
+        Ok(self.packets.drain(..))
     }
 
     fn mtu(&self) -> MtuWatcher {
@@ -149,30 +159,51 @@ impl IpSend for TunWriter {
 }
 
 async fn write_packets(tun: Arc<Tun>, mut queue: mpsc::Receiver<Packet<Ip>>, death: Death) {
-    let mut table = GROTable::default();
-    let mut packets = Vec::new();
-    let mut frames: Vec<Vec<u8>> = Vec::new();
-    let mut spare: Vec<Vec<u8>> = Vec::new();
-    while queue.recv_many(&mut packets, IDEAL_BATCH_SIZE).await > 0 {
-        for packet in packets.drain(..) {
-            let mut frame = spare.pop().unwrap_or_default();
-            frame.clear();
-            frame.resize(VIRTIO_NET_HDR_LEN, 0);
-            frame.extend_from_slice(&packet.into_bytes());
-            frames.push(frame);
+    let mut joiner = Joiner::new(tun.offload && tun.device.udp_gso());
+    let mut received = Vec::with_capacity(BATCH_PACKETS);
+    let mut packets: Vec<Packet> = Vec::with_capacity(BATCH_PACKETS);
+    while queue.recv_many(&mut received, BATCH_PACKETS).await > 0 {
+        packets.extend(received.drain(..).map(Packet::into_bytes));
+        if let Err(error) = write_batch(&tun, &packets, &mut joiner).await {
+            death.report(format!("the interface was deleted: {error}"));
+            return;
         }
-        if let Err(error) = tun
-            .device
-            .send_multiple(&mut table, &mut frames, VIRTIO_NET_HDR_LEN)
-            .await
-        {
-            if is_gone(&error) {
-                death.report("the interface was deleted".to_owned());
-                return;
-            }
-            // The link is down, or the packet is none: the kernel dropped it, as a network would.
-            tracing::trace!(%error, "writing the TUN");
-        }
-        spare.append(&mut frames);
+        packets.clear();
     }
+}
+
+/// Fails only when the interface is gone. What the kernel refuses otherwise (the link is down, no such packet) is
+/// lost, as in a network.
+async fn write_batch(tun: &Tun, packets: &[Packet], joiner: &mut Joiner) -> io::Result<()> {
+    let check = |written: io::Result<usize>| match written {
+        Err(error) if is_gone(&error) => Err(error),
+        Err(error) => {
+            tracing::trace!(%error, "writing the TUN");
+            Ok(())
+        }
+        Ok(_) => Ok(()),
+    };
+    if !tun.offload {
+        for packet in packets {
+            check(tun.device.send(packet).await)?;
+        }
+        return Ok(());
+    }
+    for run in joiner.plan(packets) {
+        let mut members = run.members.iter().filter_map(|index| packets.get(*index));
+        let Some(first) = members.clone().next() else { continue };
+        let lead = run.lead(first, members.next_back().unwrap_or(first));
+        let mut slices = [IoSlice::new(&[]); BATCH_PACKETS + 1];
+        let payloads = run
+            .members
+            .iter()
+            .filter_map(|index| packets.get(*index)?.get(lead.skip..));
+        let parts = std::iter::once(lead.bytes()).chain(payloads);
+        for (slice, part) in slices.iter_mut().zip(parts) {
+            *slice = IoSlice::new(part);
+        }
+        let slices = slices.get(..=run.members.len()).unwrap_or_default();
+        check(tun.device.send_vectored(slices).await)?;
+    }
+    Ok(())
 }

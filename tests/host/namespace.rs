@@ -59,7 +59,7 @@ impl Namespace {
     pub(crate) fn snapshot(&self) -> String {
         // Counters and the ages of addresses are no settings.
         self.sh(
-            "ip -d -o link | sed 's/ qlen [0-9]*//'; ip -o addr | sed 's/valid_lft.*//'; ip rule; ip -6 rule; \
+            "ip -d -o link | sed 's/ qlen [0-9]*//; s/ qdisc [a-z_]*//'; ip -o addr | sed 's/tentative//; s/valid_lft.*//'; ip rule; ip -6 rule; \
              ip route show table all | sort; ip -6 route show table all | sort; nft list ruleset; \
              for f in /proc/sys/net/ipv[46]/conf/*/*forwarding /proc/sys/net/ipv6/conf/*/accept_ra; do \
              echo $f $(cat $f); done",

@@ -1,5 +1,9 @@
 //! The programs as the kernel loads them.
 #![allow(unsafe_code, reason = "buffers and map values are reached by the kernel's pointers")]
+#![allow(
+    clippy::inline_always,
+    reason = "one program is one function: calls cost, and the verifier knows less across them"
+)]
 
 use core::ptr;
 

@@ -5,15 +5,15 @@
 /// With segmentation offload the kernel carries one buffer whose payload is cut into pieces of `gso_size` bytes, each
 /// of which leaves with its own copy of the `headers` bytes (network and transport header). `gso_size` 0 means an
 /// ordinary packet. The number of segments is computed from the lengths because `gso_segs` is 0 for buffers that come
-/// from a TUN device (`SKB_GSO_DODGY`, include/linux/virtio_net.h); the same is done in `qdisc_pkt_len_init`
-/// (net/core/dev.c).
-#[inline(always)]
-pub(crate) const fn count(length: u32, headers: u32, gso_size: u32) -> (u64, u64) {
+/// from a TUN device (`SKB_GSO_DODGY`, `include/linux/virtio_net.h`); `qdisc_pkt_len_init` (`net/core/dev.c`)
+/// does the same.
+#[inline]
+pub(crate) fn count(length: u32, headers: u32, gso_size: u32) -> (u64, u64) {
     if gso_size == 0 || length <= headers {
-        return (1, length as u64);
+        return (1, u64::from(length));
     }
-    let packets = (length - headers).div_ceil(gso_size) as u64;
-    (packets, length as u64 + (packets - 1) * headers as u64)
+    let packets = u64::from((length - headers).div_ceil(gso_size));
+    (packets, u64::from(length) + (packets - 1) * u64::from(headers))
 }
 
 #[cfg(test)]
@@ -47,9 +47,7 @@ mod tests {
 
     #[test]
     fn the_largest_buffer_does_not_overflow() {
-        assert_eq!(
-            count(u32::MAX, 40, 1),
-            ((u32::MAX - 40) as u64, u32::MAX as u64 + (u32::MAX as u64 - 41) * 40)
-        );
+        let (longest, segments) = (u64::from(u32::MAX), u64::from(u32::MAX) - 40);
+        assert_eq!(count(u32::MAX, 40, 1), (segments, longest + (segments - 1) * 40));
     }
 }

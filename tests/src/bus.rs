@@ -16,9 +16,15 @@ use crate::{
 
 /// A running dbus-daemon; ended when dropped.
 pub struct Bus {
-    address: String,
+    address: BusAddress,
     _daemon: Process,
 }
+
+/// Where a bus listens, and calls to the daemon on it.
+#[derive(Debug, Clone)]
+pub struct BusAddress(String);
+
+const SOCKET: &str = "bus.socket";
 
 /// The policy file of the package, as it is in the source tree.
 pub fn shipped_policy() -> Result<PathBuf> {
@@ -29,7 +35,7 @@ pub fn shipped_policy() -> Result<PathBuf> {
 impl Bus {
     /// Starts a bus of the type `system` whose files are in `directory`.
     pub fn spawn(namespace: &Namespace, directory: &Path) -> Result<Self> {
-        let socket = directory.join("bus.socket");
+        let socket = directory.join(SOCKET);
         // A socket that a killed run left would make dbus-daemon refuse.
         match std::fs::remove_file(&socket) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -37,7 +43,7 @@ impl Bus {
             }
             Ok(()) | Err(_) => {}
         }
-        let address = format!("unix:path={}", socket.display());
+        let BusAddress(address) = BusAddress::in_directory(directory);
         let policy = shipped_policy()?;
         let config = directory.join("bus.conf");
         let text = format!(
@@ -64,12 +70,24 @@ impl Bus {
             daemon.check_running()?;
             Ok(std::os::unix::net::UnixStream::connect(&socket).ok())
         })?;
-        Ok(Self { address, _daemon: daemon })
+        Ok(Self { address: BusAddress(address), _daemon: daemon })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &BusAddress {
+        &self.address
+    }
+}
+
+impl BusAddress {
+    /// The bus of a machine whose files are in `directory`, whoever runs it.
+    pub fn in_directory(directory: &Path) -> Self {
+        Self(format!("unix:path={}", directory.join(SOCKET).display()))
     }
 
     /// For `DBUS_SYSTEM_BUS_ADDRESS` and `busctl --address=`.
-    pub fn address(&self) -> &str {
-        &self.address
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 
     /// Calls a method of the daemon; the answer as busctl prints it in JSON.
@@ -90,7 +108,7 @@ impl Bus {
 
     fn busctl(&self, arguments: &[&str]) -> Result<String> {
         let output = Command::new("busctl")
-            .arg(format!("--address={}", self.address))
+            .arg(format!("--address={}", self.0))
             .args(["--json=short", "--timeout=20"])
             .args(arguments)
             .stdin(Stdio::null())

@@ -7,6 +7,9 @@
 //! | [`wire`] | a cable with delay, jitter, loss, rate and outages |
 //! | [`process`] | real programs in namespaces, their logs and their end |
 //! | [`bus`] | a private D-Bus system bus with the shipped policy |
+//! | [`node`] | `dvpn-pool` and `dvpn-daemon` as processes |
+//! | [`client`] | a running daemon, asked over HTTP, D-Bus and SOCKS5 |
+//! | [`http`] | a small HTTP client over any stream |
 //! | [`certs`] | certificates of a throw-away authority |
 //! | [`web`] | the server beyond the providers: exit address, bytes, UDP echo, names |
 //! | [`socks`] | a small SOCKS5 client |
@@ -16,8 +19,11 @@
 pub mod bus;
 pub mod capture;
 pub mod certs;
+pub mod client;
+pub mod http;
 pub mod namespace;
 pub mod network;
+pub mod node;
 pub mod process;
 pub mod socks;
 pub mod sweep;

@@ -10,6 +10,7 @@
 //! | [`node`] | `dvpn-pool` and `dvpn-daemon` as processes |
 //! | [`client`] | a running daemon, asked over HTTP, D-Bus and SOCKS5 |
 //! | [`http`] | a small HTTP client over any stream |
+//! | [`https`] | one HTTPS request from a namespace |
 //! | [`certs`] | certificates of a throw-away authority |
 //! | [`web`] | the server beyond the providers: exit address, bytes, UDP echo, names |
 //! | [`socks`] | a small SOCKS5 client |
@@ -21,6 +22,7 @@ pub mod capture;
 pub mod certs;
 pub mod client;
 pub mod http;
+pub mod https;
 pub mod namespace;
 pub mod network;
 pub mod node;

@@ -134,3 +134,19 @@ fn inside(inodes: &[(u64, u64)]) -> Vec<Pid> {
         .map(Pid::from_raw)
         .collect()
 }
+
+/// Whether the process of this network lives.
+pub fn is_running(id: &str) -> bool {
+    File::open(Path::new(ROOT).join(id).join(OWNER)).is_ok_and(|owner| owner.try_lock().is_err())
+}
+
+/// Removes the lock files and the directory of all networks when no network is left in it.
+pub fn forget_root() {
+    let Ok(_registry) = registry() else { return };
+    let others = std::fs::read_dir(ROOT).map_or(1, |entries| {
+        entries.flatten().filter(|entry| !entry.file_name().to_string_lossy().starts_with('.')).count()
+    });
+    if others == 0 && let Err(error) = std::fs::remove_dir_all(ROOT) {
+        tracing::warn!("removing {ROOT}: {error}");
+    }
+}

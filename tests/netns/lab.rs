@@ -2,7 +2,6 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
-    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -13,13 +12,8 @@ use dvpn_tests::{
     network::{Network, NetworkConfig, PREFIX, ROOT, WEB},
     sweep,
     wire::{Jitter, Path},
+    world::unique_id,
 };
-
-/// An id that no other test of this machine has.
-fn unique_id() -> String {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    format!("t{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
-}
 
 /// Echoes datagrams in a thread until its socket has been silent for two seconds.
 fn echo(socket: UdpSocket) -> Result<SocketAddr> {

@@ -1,3 +1,22 @@
 //! The tier `netns`: whole-system tests with real processes in network namespaces. Needs root; no test skips itself.
+//!
+//! | module | shows |
+//! |---|---|
+//! | `lab` | that the local network does what it says |
+//! | `chain` | the whole chain, and that the nearest provider is taken |
+//! | `payment` | what does not count as paid |
+//! | `contract` | a pool and a provider that speak only the plain contract |
+//! | `failover` | what happens when a provider dies, and when it does not |
+//! | `leaks` | nothing passes outside the tunnel |
+//! | `footprint` | memory, start, programs executed, what a crash leaves |
+//! | `hostile` | a pool that turns hostile |
 
+mod chain;
+mod contract;
+mod counterpart;
+mod failover;
+mod footprint;
+mod hostile;
 mod lab;
+mod leaks;
+mod payment;

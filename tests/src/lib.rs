@@ -7,6 +7,7 @@
 //! | [`wire`] | a cable with delay, jitter, loss, rate and outages |
 //! | [`process`] | real programs in namespaces, their logs and their end |
 //! | [`bus`] | a private D-Bus system bus with the shipped policy |
+//! | [`world`] | all of it running, for tests and benchmarks |
 //! | [`node`] | `dvpn-pool` and `dvpn-daemon` as processes |
 //! | [`client`] | a running daemon, asked over HTTP, D-Bus and SOCKS5 |
 //! | [`http`] | a small HTTP client over any stream |
@@ -32,3 +33,4 @@ pub mod sweep;
 mod sys;
 pub mod web;
 pub mod wire;
+pub mod world;

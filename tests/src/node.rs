@@ -15,6 +15,7 @@ use crate::{
     bus::Bus,
     certs::Identity,
     client::Client,
+    https,
     network::{Machine, Network, POOL, WEB, WEB_NAME},
     process::{Process, Surroundings, program, wait_for},
 };
@@ -87,12 +88,12 @@ pub fn spawn_pool(network: &Network, identity: &Identity) -> Result<Process> {
         .with("DVPN_LOG", "info");
     let mut command = environment.command(&program("dvpn-pool")?);
     command
-        .args(["--development", "--open-registration", "--private"])
+        .args(["serve", "--development", "--open-registration", "--private-endpoints"])
         .arg("--listen")
         .arg(format!("{POOL}:{POOL_PORT}"))
-        .arg("--certificate")
+        .arg("--tls-cert")
         .arg(&identity.certificate)
-        .arg("--key")
+        .arg("--tls-key")
         .arg(&identity.key)
         .arg("--database")
         .arg(machine.directory.join("pool.sqlite"));
@@ -203,6 +204,20 @@ impl Daemon {
         anyhow::ensure!(status.success(), "dvpn-daemon {arguments:?} ended with {status}: {}", process.log_tail());
         Ok(process.log_text())
     }
+}
+
+/// Waits until the pool lists this many providers.
+pub fn wait_until_listed(network: &Network, ca: &Path, wanted: usize, patience: Duration) -> Result<()> {
+    let what = format!("a list of {wanted} providers");
+    wait_for(&what, patience, || {
+        let (status, text) = https::request(&network.client.namespace, ca, &pool_url(), None)?;
+        if status != 200 {
+            return Ok(None);
+        }
+        let list: serde_json::Value = serde_json::from_str(&text).context("reading the pool's list")?;
+        let listed = list.get("providers").and_then(serde_json::Value::as_array).map_or(0, Vec::len);
+        Ok((listed >= wanted).then_some(()))
+    })
 }
 
 /// A resolv.conf that names the name server beyond the providers.

@@ -8,11 +8,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use dvpn_tests::{
     certs::Identity,
-    https,
     namespace::names,
     network::{Machine, Network, NetworkConfig, PREFIX, ROOT},
     node::{self, Daemon, Environment},
-    process::{Process, wait_for},
+    process::Process,
     sweep,
 };
 use nix::{
@@ -65,7 +64,7 @@ pub(super) fn run(files: &Files) -> Result<()> {
         providers.push(daemon);
     }
     say("waiting until the pool lists the providers");
-    wait_until_listed(&network, &ca, network.providers.len(), Duration::from_secs(30))?;
+    node::wait_until_listed(&network, &ca, network.providers.len(), Duration::from_secs(30))?;
     say("starting the client");
     let client = Daemon::spawn(&network, &network.client, client_environment(files, &ca)?)?;
     write_machine_pid(&network.client, &client.process)?;
@@ -75,17 +74,6 @@ pub(super) fn run(files: &Files) -> Result<()> {
     say("taking the network down");
     drop((client, providers, pool, web));
     Ok(())
-}
-
-/// Waits until the pool's list has this many providers.
-fn wait_until_listed(network: &Network, ca: &Path, wanted: usize, patience: Duration) -> Result<()> {
-    let what = format!("a list of {wanted} providers");
-    wait_for(&what, patience, || {
-        let (status, text) = https::request(&network.client.namespace, ca, &node::pool_url(), None)?;
-        let list: serde_json::Value = serde_json::from_str(&text).context("reading the pool's list")?;
-        let listed = list.get("providers").and_then(serde_json::Value::as_array).map_or(0, Vec::len);
-        Ok((status == 200 && listed >= wanted).then_some(()))
-    })
 }
 
 fn client_environment(files: &Files, ca: &Path) -> Result<Environment> {

@@ -1,16 +1,217 @@
 //! What is worth recording: one typed event per fact an auditor asks for.
+//!
+//! An event never holds a secret, a token, a key or a destination. Providers are named by their ids, customers' peers
+//! by nothing more than a short opaque name.
 
+use std::net::SocketAddr;
+
+use dvpn_common::{
+    ids::ProviderId,
+    status::{ProbeMethod, StateName},
+};
+use jiff::Timestamp;
 use serde::Serialize;
 
-/// An audit event. It never holds a secret, a token or a destination.
+use crate::firewall::Policy;
+
+/// An audit event.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// The session's state changed.
     StateChanged {
-        /// Name of the state left.
-        from: String,
-        /// Name of the state entered.
-        to: String,
+        /// State left.
+        from: StateName,
+        /// State entered.
+        to: StateName,
     },
+    /// The pool's list was believed.
+    ListAccepted {
+        /// How many providers it offers.
+        providers: usize,
+        /// The pool's version of it.
+        version: Option<u64>,
+    },
+    /// The pool's list was refused, or did not come. What was held before is kept.
+    ListRefused {
+        /// Why.
+        reason: String,
+    },
+    /// A provider is tried.
+    ProviderChosen {
+        /// Who.
+        provider: ProviderId,
+        /// Its measured round trip, in milliseconds.
+        latency_ms: Option<f64>,
+        /// How that was measured.
+        method: Option<ProbeMethod>,
+    },
+    /// The payment server was asked.
+    PaymentVerified {
+        /// For which provider.
+        provider: ProviderId,
+        /// What it said.
+        outcome: VerificationOutcome,
+    },
+    /// A tunnel to this provider is allowed.
+    ApprovalGranted {
+        /// Who.
+        provider: ProviderId,
+        /// Until when.
+        expires_at: Timestamp,
+    },
+    /// A tunnel to this provider is not allowed.
+    ApprovalRefused {
+        /// Who.
+        provider: ProviderId,
+        /// Why.
+        reason: String,
+    },
+    /// A provider was made for us by the orchestrator.
+    FallbackProvisioned {
+        /// Who.
+        provider: ProviderId,
+        /// Until when.
+        expires_at: Timestamp,
+    },
+    /// The orchestrator made no provider.
+    FallbackFailed {
+        /// Why.
+        reason: String,
+    },
+    /// The first handshake of a tunnel completed.
+    TunnelUp {
+        /// With whom.
+        provider: ProviderId,
+        /// Its outer address and port.
+        endpoint: SocketAddr,
+    },
+    /// A tunnel went down.
+    TunnelDown {
+        /// With whom.
+        provider: ProviderId,
+        /// Why.
+        reason: String,
+    },
+    /// The firewall is asked to be this.
+    FirewallChanged {
+        /// What.
+        policy: Policy,
+    },
+    /// The firewall could not be changed.
+    FirewallFailed {
+        /// Why.
+        reason: String,
+    },
+    /// A payment token was stored.
+    TokenStored,
+    /// A payment token was refused.
+    TokenRefused {
+        /// Why.
+        reason: String,
+    },
+    /// Somebody used the control interface.
+    Command {
+        /// What they asked for.
+        command: String,
+        /// Their user id.
+        uid: Option<u32>,
+        /// Whether they may.
+        allowed: bool,
+    },
+    /// The configuration was read again.
+    ConfigReloaded {
+        /// False: the new one was refused and the old one holds.
+        accepted: bool,
+        /// Why it was refused.
+        reason: Option<String>,
+    },
+    /// As a provider: a client may use us.
+    PeerAdded {
+        /// An opaque name.
+        peer: String,
+        /// Until when.
+        expires_at: Timestamp,
+    },
+    /// As a provider: a client may no longer use us.
+    PeerRemoved {
+        /// An opaque name.
+        peer: String,
+        /// Why.
+        reason: String,
+    },
+    /// As a provider: a client was not admitted.
+    PeerRefused {
+        /// An opaque name.
+        peer: String,
+        /// Why.
+        reason: String,
+    },
+    /// As a provider: the pool knows us.
+    NodeRegistered {
+        /// Under which id.
+        node: ProviderId,
+        /// Whether clients are shown us.
+        listed: bool,
+    },
+    /// As a provider: the pool does not know us.
+    NodeRefused {
+        /// Under which id.
+        node: ProviderId,
+        /// Why.
+        reason: String,
+    },
+    /// The daemon runs.
+    Started {
+        /// Its version.
+        version: String,
+    },
+    /// The daemon ends.
+    Stopped {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What the payment server said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum VerificationOutcome {
+    /// All rules hold.
+    Paid {
+        /// End of access.
+        valid_until: Timestamp,
+    },
+    /// A rule does not hold.
+    NotPaid {
+        /// Which, and how.
+        reason: String,
+    },
+    /// Nothing that says yes or no.
+    CannotTell {
+        /// Why.
+        reason: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_flat_json_object_named_by_its_kind() {
+        let event = Event::StateChanged {
+            from: StateName::Probing,
+            to: StateName::Authorizing,
+        };
+        assert_eq!(
+            serde_json::to_string(&event).unwrap(),
+            r#"{"event":"state_changed","from":"probing","to":"authorizing"}"#
+        );
+        let event = Event::FirewallChanged { policy: Policy::Open };
+        assert_eq!(
+            serde_json::to_string(&event).unwrap(),
+            r#"{"event":"firewall_changed","policy":"open"}"#
+        );
+    }
 }

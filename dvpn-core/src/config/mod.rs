@@ -184,6 +184,7 @@ impl Config {
             sample_size: self.mesh_sample_size,
             choice: self.choice.clone(),
             fallback: self.fallback.enabled,
+            fallback_timeout: self.fallback.timeout,
         }
     }
 

@@ -17,6 +17,9 @@ use crate::{
 };
 
 /// One numbered try. Every answer carries the number of the try that asked; answers to earlier tries are dropped.
+///
+/// A discovery, a round of probes and each candidate (its verification, approval and tunnel) have a number of their
+/// own, so that no answer meant for one candidate is ever taken for the next. Numbers only grow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Attempt(pub u64);
 
@@ -48,6 +51,19 @@ pub struct SessionConfig {
     pub choice: Choice,
     /// `FALLBACK_ENABLED`.
     pub fallback: bool,
+    /// `FALLBACK_TIMEOUT_SECONDS`: the script is killed then; an answer is missed a little later.
+    pub fallback_timeout: Duration,
+}
+
+/// What outlived the last run of the daemon.
+#[derive(Debug, Clone, Default)]
+pub struct Restored {
+    /// The stored wish: a session begins at once.
+    pub wish: bool,
+    /// The endpoint used last.
+    pub last_endpoint: Option<SocketAddr>,
+    /// The last verified subscription, opened from its sealed record.
+    pub subscription: Option<Subscription>,
 }
 
 /// One measured candidate.
@@ -95,9 +111,11 @@ pub enum Input {
     TrafficSampled(Attempt, Traffic),
     /// The tunnel broke by itself: interface deleted, device died.
     TunnelLost(Attempt, Failure),
-    /// The tunnel is gone, as asked.
+    /// The tunnel is gone, as asked (also when there was none).
     TornDown(Attempt),
-    /// A token was stored, or replaced.
+    /// A `SetFirewall` could not be carried out: what it should block may pass.
+    FirewallFailed(Failure),
+    /// A token was stored, or replaced. If that ends a `not_configured`, `ConfigChanged` follows.
     TokenChanged,
     /// The configuration changed.
     ConfigChanged(Box<SessionConfig>),
@@ -112,13 +130,16 @@ pub enum Action {
     Discover(Attempt),
     /// Measure these at once; answer `Probed`.
     Probe(Attempt, Vec<Provider>),
-    /// Ask the payment server about the token for this provider; answer `Verified`.
-    Verify(Attempt, Box<Provider>),
+    /// Ask the payment server about the token for this provider ([`super::FALLBACK_ID`] before one is provisioned);
+    /// answer `Verified`.
+    Verify(Attempt, ProviderId),
     /// Ask the pool to admit a fresh key at this provider; answer `Approved`.
     Approve(Attempt, Box<Provider>, Subscription),
     /// Ask the orchestrator for a provider; answer `Provisioned`.
     Provision(Attempt, Subscription),
-    /// Bring up the tunnel; answer `TunnelConfigured`, later `HandshakeSeen`, `TrafficSampled`, `TunnelLost`.
+    /// Nobody waits for the answer of this try any more: end its request, probes or script.
+    Cancel(Attempt),
+    /// Bring up the tunnel (no other stands); answer `TunnelConfigured`, later `HandshakeSeen`, `TrafficSampled`, `TunnelLost`.
     ConfigureTunnel(Attempt, Box<Approval>),
     /// Make the tunnel's device shake hands again now.
     ForceHandshake(Attempt),
@@ -134,6 +155,8 @@ pub enum Action {
     StoreWish(bool),
     /// Remember the endpoint last used, for the next shuffle.
     StoreLastEndpoint(SocketAddr),
+    /// Seal and store the last verified subscription, or forget it.
+    StoreSubscription(Option<Subscription>),
     /// Record this.
     Audit(Event),
 }

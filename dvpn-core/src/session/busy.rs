@@ -4,7 +4,8 @@
 use super::{
     Action, Attempt, Choice, FALLBACK_ID, Input, Session,
     state::{Authorizing, Probing, Provisioning, Question, Run, State, Step},
-    steps::{ANSWER_TIMEOUT, Verdict},
+    steps::ANSWER_TIMEOUT,
+    trust::Verdict,
 };
 use crate::{Failure, Retry, approval::Approval, audit::Event, payment::Verification};
 

@@ -139,6 +139,7 @@ impl Session {
         self.audit(Event::FirewallFailed {
             reason: failure.to_string(),
         });
+        self.firewall_unknown = true;
         if self.wanted.is_none() || !self.blocks() {
             self.problem = Some(failure);
             return false;
@@ -148,7 +149,6 @@ impl Session {
 
     pub(super) fn on_timeout(&mut self, state: State) -> State {
         match state {
-            State::Disconnected(_) | State::Blocked(_) => state,
             State::Discovering(question) if self.is_over(question.deadline) => {
                 self.out.push(Action::Cancel(question.attempt));
                 self.listed(Err(no_answer("the pool")))
@@ -186,13 +186,16 @@ impl Session {
                 State::Disconnecting(disconnecting)
             }
             State::Backoff(backoff) if self.is_over(backoff.until) => self.begin(),
-            State::Discovering(_)
+            // Not due, or without a deadline.
+            State::Disconnected(_)
+            | State::Discovering(_)
             | State::Probing(_)
             | State::Authorizing(_)
             | State::Provisioning(_)
             | State::Connecting(_)
             | State::Disconnecting(_)
-            | State::Backoff(_) => state,
+            | State::Backoff(_)
+            | State::Blocked(_) => state,
         }
     }
 }

@@ -56,7 +56,7 @@ pub struct SessionConfig {
 }
 
 /// What outlived the last run of the daemon.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Restored {
     /// The stored wish: a session begins at once.
     pub wish: bool,

@@ -37,6 +37,9 @@ mod liveness;
 mod standing;
 mod state;
 mod steps;
+#[cfg(test)]
+mod tests;
+mod trust;
 
 use std::{
     collections::VecDeque,
@@ -64,7 +67,7 @@ use crate::{
 pub const FALLBACK_ID: &str = "fallback";
 
 /// Wall-clock deadlines are looked at this often, because that clock can be set.
-const WALL_CLOCK_CHECK: Duration = Duration::from_secs(3600);
+const WALL_CLOCK_CHECK: Duration = Duration::from_hours(1);
 
 /// The session machine.
 pub struct Session {
@@ -89,6 +92,8 @@ pub struct Session {
     candidates: Vec<CandidateStatus>,
     /// What the firewall was last told to be; nothing before it was told anything.
     policy: Option<Policy>,
+    /// It could not be made so: what it is, nobody knows.
+    firewall_unknown: bool,
     /// What the firewall was before us is left alone until somebody acts.
     adopting: bool,
     out: Vec<Action>,
@@ -151,6 +156,7 @@ impl Session {
             problem: None,
             candidates: Vec::new(),
             policy: None,
+            firewall_unknown: false,
             adopting: !restored.wish,
             out: Vec::new(),
             actions: VecDeque::new(),
@@ -298,6 +304,7 @@ impl Session {
                 .push_back(Action::Audit(Event::FirewallChanged { policy: policy.clone() }));
             self.actions.push_back(Action::SetFirewall(policy.clone()));
             self.policy = Some(policy);
+            self.adopting = false;
         }
         self.actions.extend(self.out.drain(..));
     }

@@ -3,8 +3,9 @@
 use super::{
     Action, Attempt, Input, Session, SessionConfig,
     liveness::Remedy,
-    state::{Connecting, Disconnecting, Renewal, State, Then, Tunnel},
-    steps::{ANSWER_TIMEOUT, GOOD_CONNECTION, HANDSHAKE_TIMEOUT, Verdict},
+    state::{Connecting, Disconnecting, Renewal, Run, State, Then, Tunnel},
+    steps::{ANSWER_TIMEOUT, GOOD_CONNECTION, HANDSHAKE_TIMEOUT},
+    trust::Verdict,
 };
 use crate::{Failure, Retry, approval::Approval, payment::Verification};
 
@@ -288,9 +289,12 @@ impl Session {
                 return self.torn_down(disconnecting.then);
             }
             Input::Start(choice) => {
-                if self.wish(choice) {
-                    disconnecting.then = Then::Discover;
-                }
+                let changed = self.wish(choice);
+                disconnecting.then = if changed {
+                    Then::Discover
+                } else {
+                    sooner(disconnecting.then)
+                };
             }
             Input::Stop => {
                 self.forget_wish();
@@ -298,23 +302,13 @@ impl Session {
             }
             Input::TokenChanged => {
                 self.forget_subscription();
-                disconnecting.then = anew(disconnecting.then);
+                anew(&mut disconnecting.then);
             }
             Input::ConfigChanged(config) => {
                 self.configure(*config);
-                disconnecting.then = anew(disconnecting.then);
+                anew(&mut disconnecting.then);
             }
-            Input::NetworkChanged => {
-                disconnecting.then = match disconnecting.then {
-                    Then::BackOff => Then::Discover,
-                    then @ (Then::Stop
-                    | Then::Discover
-                    | Then::Next(..)
-                    | Then::Connect(..)
-                    | Then::Refuse(_)
-                    | Then::RefuseUnblocked(_)) => then,
-                };
-            }
+            Input::NetworkChanged => disconnecting.then = sooner(disconnecting.then),
             Input::FirewallFailed(failure) => {
                 if self.firewall_failed(failure.clone()) {
                     disconnecting.then = Then::RefuseUnblocked(failure);
@@ -337,12 +331,11 @@ impl Session {
     fn torn_down(&mut self, then: Then) -> State {
         match then {
             Then::Stop => self.rest(),
-            Then::Discover => self.begin(),
-            Then::Next(run, failure) => self.next_candidate(run, failure),
             Then::Connect(attempt, approval) if self.lasts(&approval) => {
-                self.connect(attempt, approval, super::state::Run::default())
+                self.connect(attempt, approval, Run::default())
             }
-            Then::Connect(..) => self.begin(),
+            Then::Discover | Then::Connect(..) => self.begin(),
+            Then::Next(run, failure) => self.next_candidate(run, failure),
             Then::BackOff => self.pause(),
             Then::Refuse(failure) => self.refuse(failure),
             Then::RefuseUnblocked(failure) => self.refuse_unblocked(failure),
@@ -351,15 +344,23 @@ impl Session {
 }
 
 /// Something changed that whatever was to follow did not know of.
-fn anew(then: Then) -> Then {
+fn anew(then: &mut Then) {
     match then {
-        Then::Stop => Then::Stop,
+        Then::Stop => {}
         Then::Discover
         | Then::Next(..)
         | Then::Connect(..)
         | Then::BackOff
         | Then::Refuse(_)
-        | Then::RefuseUnblocked(_) => Then::Discover,
+        | Then::RefuseUnblocked(_) => *then = Then::Discover,
+    }
+}
+
+/// Somebody is back: neither a pause nor an old refusal holds.
+fn sooner(then: Then) -> Then {
+    match then {
+        Then::BackOff | Then::Refuse(_) | Then::RefuseUnblocked(_) => Then::Discover,
+        Then::Stop | Then::Discover | Then::Next(..) | Then::Connect(..) => then,
     }
 }
 

@@ -6,27 +6,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dvpn_common::{
-    ids::ProviderId,
-    status::{CandidateStatus, PaymentStatus},
-};
-use jiff::{SignedDuration, Timestamp};
+use dvpn_common::status::{CandidateStatus, PaymentStatus};
+use jiff::SignedDuration;
 use rand::RngExt as _;
 
 use super::{
     Action, Attempt, Choice, FALLBACK_ID, Measurement, Session, SessionConfig,
     liveness::Liveness,
     state::{
-        Authorizing, Backoff, Blocked, Connecting, Disconnecting, Idle, Probing, Provisioning, Question, Renewal, Run,
-        State, Step, Then, Tunnel,
+        Authorizing, Backoff, Blocked, Connecting, Disconnecting, Idle, Probing, Provisioning, Question, Run, State,
+        Step, Then, Tunnel,
     },
 };
 use crate::{
     Failure, Retry,
     approval::Approval,
-    audit::{Event, VerificationOutcome},
+    audit::Event,
     directory::{Directory, Provider},
-    payment::{Subscription, Verification},
+    payment::Subscription,
     selection,
 };
 
@@ -42,20 +39,10 @@ const FALLBACK_GRACE: Duration = Duration::from_secs(10);
 const DIRECTORY_GOOD_FOR: SignedDuration = SignedDuration::from_hours(24);
 /// Samples in one attempt: a bound for the day when the whole list is dead.
 const MAX_ROUNDS: u32 = 8;
-/// An approval that ends sooner would be renewed without a pause.
-const MIN_APPROVAL_LIFE: SignedDuration = SignedDuration::from_secs(10);
-const MIN_RENEWAL_PAUSE: SignedDuration = SignedDuration::from_secs(5);
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
-const BACKOFF_MAX: Duration = Duration::from_secs(60);
+const BACKOFF_MAX: Duration = Duration::from_mins(1);
 /// A tunnel that stood this long wipes out the failures before it.
 pub(super) const GOOD_CONNECTION: Duration = Duration::from_secs(30);
-
-/// What a verification means for going on.
-pub(super) enum Verdict {
-    Paid(Subscription),
-    NotPaid(Failure),
-    CannotTell(Failure),
-}
 
 impl Session {
     /// The next number.
@@ -96,6 +83,7 @@ impl Session {
 
     /// A new attempt, unless something is missing.
     pub(super) fn begin(&mut self) -> State {
+        self.retry_firewall();
         match self.config.not_configured.clone() {
             Some(missing) if self.blocks() => {
                 self.problem = Some(missing);
@@ -133,10 +121,18 @@ impl Session {
 
     pub(super) fn forget_wish(&mut self) {
         self.wanted = None;
+        self.retry_firewall();
         self.adopting = false;
         self.last_provider = None;
         self.failures = 0;
         self.out.push(Action::StoreWish(false));
+    }
+
+    /// A firewall that could not be changed is told again when somebody or something acts.
+    fn retry_firewall(&mut self) {
+        if std::mem::take(&mut self.firewall_unknown) {
+            self.policy = None;
+        }
     }
 
     /// Takes a Start. True if it asks for something else than what is under way.
@@ -309,89 +305,6 @@ impl Session {
         })
     }
 
-    /// Takes the payment server's word, keeping "no answer" apart from "no".
-    pub(super) fn verified(&mut self, provider: ProviderId, verification: Verification) -> Verdict {
-        let (outcome, verdict) = match verification {
-            Verification::Paid(subscription) => {
-                self.subscription = Some(subscription);
-                self.payment = PaymentStatus::Paid;
-                self.out.push(Action::StoreSubscription(Some(subscription)));
-                let valid_until = subscription.valid_until();
-                (VerificationOutcome::Paid { valid_until }, Verdict::Paid(subscription))
-            }
-            Verification::NotPaid(failure) => {
-                self.subscription = None;
-                self.payment = PaymentStatus::Unpaid;
-                self.out.push(Action::StoreSubscription(None));
-                (
-                    VerificationOutcome::NotPaid {
-                        reason: failure.to_string(),
-                    },
-                    Verdict::NotPaid(failure),
-                )
-            }
-            Verification::CannotTell(failure) => {
-                let outcome = VerificationOutcome::CannotTell {
-                    reason: failure.to_string(),
-                };
-                match self.subscription.filter(|held| held.is_valid(self.now.wall)) {
-                    Some(held) => {
-                        self.problem = Some(failure);
-                        (outcome, Verdict::Paid(held))
-                    }
-                    None => (outcome, Verdict::CannotTell(failure)),
-                }
-            }
-        };
-        self.audit(Event::PaymentVerified { provider, outcome });
-        verdict
-    }
-
-    /// Takes an approval if it is for `provider` and lasts.
-    pub(super) fn admitted(
-        &mut self,
-        provider: &Provider,
-        answer: Result<Box<Approval>, Failure>,
-    ) -> Result<Box<Approval>, Failure> {
-        let checked = answer.and_then(|approval| {
-            if approval.provider() != provider {
-                Err(Failure {
-                    what: format!(
-                        "the approval is for {}, not for {}",
-                        approval.provider().id,
-                        provider.id
-                    ),
-                    how: "tell the pool's operator".into(),
-                    retry: Retry::Now,
-                })
-            } else if self.lasts(&approval) {
-                Ok(approval)
-            } else {
-                Err(Failure {
-                    what: format!("the approval at {} ends at {}", provider.id, approval.expires_at()),
-                    how: "check this machine's clock, and when the subscription ends".into(),
-                    retry: Retry::Now,
-                })
-            }
-        });
-        self.audit(match &checked {
-            Ok(approval) => Event::ApprovalGranted {
-                provider: provider.id.clone(),
-                expires_at: approval.expires_at(),
-            },
-            Err(failure) => Event::ApprovalRefused {
-                provider: provider.id.clone(),
-                reason: failure.to_string(),
-            },
-        });
-        checked
-    }
-
-    /// Whether an approval is worth a tunnel.
-    pub(super) fn lasts(&self, approval: &Approval) -> bool {
-        approval.expires_at().duration_since(self.now.wall) >= MIN_APPROVAL_LIFE
-    }
-
     /// An attempt that led to nothing: the orchestrator if it may help, else refusal or a pause.
     pub(super) fn give_up(&mut self, failure: Failure, provisioned: bool) -> State {
         // A choice that names providers is not answered with one the orchestrator made.
@@ -463,13 +376,6 @@ impl Session {
             liveness,
             renewal,
         })
-    }
-
-    /// Half of what is left of an approval, so that a renewal that fails has time to be tried again.
-    pub(super) fn renew_later(&self, approval: &Approval) -> Renewal {
-        let left = approval.expires_at().duration_since(self.now.wall);
-        let pause = (left / 2).max(MIN_RENEWAL_PAUSE);
-        Renewal::Waiting(self.now.wall.checked_add(pause).unwrap_or(Timestamp::MAX))
     }
 
     /// Takes a tunnel down, whether it stands or is half made.

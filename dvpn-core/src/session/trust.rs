@@ -1,0 +1,116 @@
+//! What is believed of a payment and of an approval, and for how long.
+
+use dvpn_common::{ids::ProviderId, status::PaymentStatus};
+use jiff::{SignedDuration, Timestamp};
+
+use super::{Action, Session, state::Renewal};
+use crate::{
+    Failure, Retry,
+    approval::Approval,
+    audit::{Event, VerificationOutcome},
+    directory::Provider,
+    payment::{Subscription, Verification},
+};
+
+/// An approval that ends sooner would be renewed without a pause.
+const MIN_APPROVAL_LIFE: SignedDuration = SignedDuration::from_secs(10);
+const MIN_RENEWAL_PAUSE: SignedDuration = SignedDuration::from_secs(5);
+
+/// What a verification means for going on.
+pub(super) enum Verdict {
+    Paid(Subscription),
+    NotPaid(Failure),
+    CannotTell(Failure),
+}
+
+impl Session {
+    /// Takes the payment server's word, keeping "no answer" apart from "no".
+    pub(super) fn verified(&mut self, provider: ProviderId, verification: Verification) -> Verdict {
+        let (outcome, verdict) = match verification {
+            Verification::Paid(subscription) => {
+                self.subscription = Some(subscription);
+                self.payment = PaymentStatus::Paid;
+                self.out.push(Action::StoreSubscription(Some(subscription)));
+                let valid_until = subscription.valid_until();
+                (VerificationOutcome::Paid { valid_until }, Verdict::Paid(subscription))
+            }
+            Verification::NotPaid(failure) => {
+                self.subscription = None;
+                self.payment = PaymentStatus::Unpaid;
+                self.out.push(Action::StoreSubscription(None));
+                (
+                    VerificationOutcome::NotPaid {
+                        reason: failure.to_string(),
+                    },
+                    Verdict::NotPaid(failure),
+                )
+            }
+            Verification::CannotTell(failure) => {
+                let outcome = VerificationOutcome::CannotTell {
+                    reason: failure.to_string(),
+                };
+                match self.subscription.filter(|held| held.is_valid(self.now.wall)) {
+                    Some(held) => {
+                        self.problem = Some(failure);
+                        (outcome, Verdict::Paid(held))
+                    }
+                    None => (outcome, Verdict::CannotTell(failure)),
+                }
+            }
+        };
+        self.audit(Event::PaymentVerified { provider, outcome });
+        verdict
+    }
+
+    /// Takes an approval if it is for `provider` and lasts.
+    pub(super) fn admitted(
+        &mut self,
+        provider: &Provider,
+        answer: Result<Box<Approval>, Failure>,
+    ) -> Result<Box<Approval>, Failure> {
+        let checked = answer.and_then(|approval| {
+            if approval.provider() != provider {
+                Err(Failure {
+                    what: format!(
+                        "the approval is for {}, not for {}",
+                        approval.provider().id,
+                        provider.id
+                    ),
+                    how: "tell the pool's operator".into(),
+                    retry: Retry::Now,
+                })
+            } else if self.lasts(&approval) {
+                Ok(approval)
+            } else {
+                Err(Failure {
+                    what: format!("the approval at {} ends at {}", provider.id, approval.expires_at()),
+                    how: "check this machine's clock, and when the subscription ends".into(),
+                    retry: Retry::Now,
+                })
+            }
+        });
+        self.audit(match &checked {
+            Ok(approval) => Event::ApprovalGranted {
+                provider: provider.id.clone(),
+                expires_at: approval.expires_at(),
+            },
+            Err(failure) => Event::ApprovalRefused {
+                provider: provider.id.clone(),
+                reason: failure.to_string(),
+            },
+        });
+        checked
+    }
+
+    /// Whether an approval is worth a tunnel.
+    pub(super) fn lasts(&self, approval: &Approval) -> bool {
+        approval.expires_at().duration_since(self.now.wall) >= MIN_APPROVAL_LIFE
+    }
+
+    /// Half of what is left of an approval, so that a renewal that fails has time to be tried again.
+    pub(super) fn renew_later(&self, approval: &Approval) -> Renewal {
+        let left = approval.expires_at().duration_since(self.now.wall);
+        let pause = (left / 2).max(MIN_RENEWAL_PAUSE);
+        Renewal::Waiting(self.now.wall.checked_add(pause).unwrap_or(Timestamp::MAX))
+    }
+}

@@ -1,1 +1,36 @@
-//! The reference pool: list, approvals, payments, orchestrator.
+//! The DVPN reference pool: provider list, node registration, approvals and payments behind one HTTPS address, with one
+//! SQLite file. [`serve`] runs it; the binary `dvpn-pool` adds the command line.
+//!
+//! | module | does |
+//! |---|---|
+//! | [`server`] | listens, serves and stops |
+//! | [`api`] | the HTTP handlers |
+//! | [`pool`] | what the handlers share |
+//! | [`live`], [`list`] | nodes while they live, and the provider list that follows |
+//! | [`store`] | what survives a restart: all SQL |
+//! | [`payment`] | price, quotes, tokens |
+//! | [`signed`], [`signing`] | requests that nodes sign, the key that the pool signs with |
+//! | [`reach`], [`network`] | whether a node answers, which inner addresses are whose |
+//! | [`limiter`], [`connections`] | bounds on what one source may do |
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod connections;
+pub mod hex;
+pub mod limiter;
+pub mod list;
+pub mod live;
+pub mod network;
+pub mod payment;
+pub mod pool;
+pub mod reach;
+pub mod refusal;
+pub mod request;
+pub mod server;
+pub mod signed;
+pub mod signing;
+pub mod store;
+
+pub use config::{Config, Timing};
+pub use server::{Server, serve};

@@ -1,0 +1,7 @@
+//! The HTTP handlers, one module a service.
+
+pub mod approve;
+pub mod nodes;
+pub mod payment;
+pub mod providers;
+pub mod speed;

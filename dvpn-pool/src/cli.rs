@@ -1,0 +1,142 @@
+//! The command line and its environment.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, builder::BoolishValueParser};
+use dvpn_common::ids::ProviderId;
+use url::Url;
+
+use crate::config::{Config, DEFAULT_MAX_CONNECTIONS, Timing};
+
+/// The DVPN pool server: provider list, approvals and payments.
+#[derive(Debug, Parser)]
+#[command(name = "dvpn-pool", version)]
+pub struct Cli {
+    /// Check the configuration, say everything that is wrong with it, and do nothing else.
+    #[arg(long, global = true)]
+    pub check_config: bool,
+    /// The options.
+    #[command(flatten)]
+    pub options: Options,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Serve until SIGTERM.
+    Serve,
+    /// List the registered nodes (needs --database).
+    Nodes,
+    /// Approve a node, so that clients are shown it (needs --database).
+    ApproveNode {
+        /// The node's id.
+        id: ProviderId,
+    },
+    /// Take a node's approval back (needs --database).
+    RevokeNode {
+        /// The node's id.
+        id: ProviderId,
+    },
+}
+
+/// Every option, also by environment.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Options (also by environment)")]
+pub struct Options {
+    /// Address and port to listen on.
+    #[arg(long, global = true, env = "DVPN_POOL_LISTEN", value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// Certificate chain, PEM.
+    #[arg(long, global = true, env = "DVPN_POOL_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key of the certificate, PEM.
+    #[arg(long, global = true, env = "DVPN_POOL_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// SQLite file; made if missing, with the pool's signing key beside it (extension .key).
+    #[arg(long, global = true, env = "DVPN_POOL_DATABASE", value_name = "PATH")]
+    pub database: Option<PathBuf>,
+    /// Payments without coins, tokens that begin with dev_: never for real customers.
+    #[arg(long, global = true, env = "DVPN_POOL_DEVELOPMENT", value_parser = BoolishValueParser::new())]
+    pub development: bool,
+    /// List nodes without the operator's approval.
+    #[arg(long, global = true, env = "DVPN_POOL_OPEN_REGISTRATION", value_parser = BoolishValueParser::new())]
+    pub open_registration: bool,
+    /// Let nodes have private and loopback addresses.
+    #[arg(long, global = true, env = "DVPN_POOL_PRIVATE_ENDPOINTS", value_parser = BoolishValueParser::new())]
+    pub private_endpoints: bool,
+    /// Where people reach this server's /payment, for links to payment pages.
+    #[arg(long, global = true, env = "DVPN_POOL_PAYMENT_URL", value_name = "URL")]
+    pub payment_url: Option<Url>,
+    /// Most connections at one time; an eighth of them from one address.
+    #[arg(long, global = true, env = "DVPN_POOL_MAX_CONNECTIONS", value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS)]
+    pub max_connections: usize,
+}
+
+impl Options {
+    /// The configuration, or everything that is missing or wrong, one line each.
+    pub fn config(self) -> Result<Config, Vec<String>> {
+        let mut wrong = Vec::new();
+        let mut missing = |name: &str, variable: &str| {
+            wrong.push(format!("--{name} (or {variable}) is missing"));
+        };
+        if self.listen.is_none() {
+            missing("listen", "DVPN_POOL_LISTEN");
+        }
+        if self.tls_cert.is_none() {
+            missing("tls-cert", "DVPN_POOL_TLS_CERT");
+        }
+        if self.tls_key.is_none() {
+            missing("tls-key", "DVPN_POOL_TLS_KEY");
+        }
+        if self.database.is_none() {
+            missing("database", "DVPN_POOL_DATABASE");
+        }
+        if !self.development {
+            wrong.push(crate::pool::Error::NoPaymentBackend.to_string());
+        }
+        if self.payment_url.as_ref().is_some_and(|url| url.scheme() != "https") {
+            wrong.push("--payment-url must begin with https://".to_owned());
+        }
+        if self.max_connections == 0 {
+            wrong.push("--max-connections must be 1 or more".to_owned());
+        }
+        if let (Some(cert), Some(key)) = (&self.tls_cert, &self.tls_key)
+            && let Err(error) = crate::server::tls_config(cert, key)
+        {
+            wrong.push(with_causes(&error));
+        }
+        match (self.listen, self.tls_cert, self.tls_key, self.database) {
+            (Some(listen), Some(tls_cert), Some(tls_key), Some(database)) if wrong.is_empty() => Ok(Config {
+                listen,
+                tls_cert,
+                tls_key,
+                database,
+                development: self.development,
+                open_registration: self.open_registration,
+                private_endpoints: self.private_endpoints,
+                payment_url: self.payment_url,
+                max_connections: self.max_connections,
+                timing: Timing::default(),
+            }),
+            _ => Err(wrong),
+        }
+    }
+}
+
+/// An error with everything that caused it, on one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
+}

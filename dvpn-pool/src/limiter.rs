@@ -1,0 +1,131 @@
+//! How often one source may fail, in bounded memory.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    net::IpAddr,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// Counts events of each key in windows of fixed length.
+pub struct Limiter<K> {
+    allowed: u32,
+    window: Duration,
+    capacity: usize,
+    counts: Mutex<HashMap<K, Count>>,
+}
+
+struct Count {
+    since: Instant,
+    events: u32,
+}
+
+impl<K: Hash + Eq + Clone> Limiter<K> {
+    /// Allows `allowed` events of one key in `window`; remembers `capacity` keys at most.
+    pub fn new(allowed: u32, window: Duration, capacity: usize) -> Self {
+        Self {
+            allowed,
+            window,
+            capacity,
+            counts: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// How long `key` has to wait because it used up its events; nothing if it has some left.
+    pub fn blocked(&self, key: &K, now: Instant) -> Option<Duration> {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.get(key)?;
+        let left = self.window.checked_sub(now.saturating_duration_since(count.since))?;
+        (count.events >= self.allowed && !left.is_zero()).then_some(left)
+    }
+
+    /// Counts one event.
+    pub fn count(&self, key: &K, now: Instant) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if !counts.contains_key(key) && counts.len() >= self.capacity {
+            counts.retain(|_, count| now.saturating_duration_since(count.since) < self.window);
+            if counts.len() >= self.capacity {
+                // Full of fresh keys: forgetting some that failed least keeps the persistent ones blocked.
+                let least = counts.values().map(|count| count.events).min().unwrap_or(0);
+                counts.retain(|_, count| count.events > least);
+            }
+        }
+        let count = counts.entry(key.clone()).or_insert(Count { since: now, events: 0 });
+        if now.saturating_duration_since(count.since) >= self.window {
+            *count = Count { since: now, events: 0 };
+        }
+        count.events = count.events.saturating_add(1);
+    }
+
+    /// [`Self::blocked`], and counts the event if it is not.
+    pub fn take(&self, key: &K, now: Instant) -> Result<(), Duration> {
+        match self.blocked(key, now) {
+            Some(wait) => Err(wait),
+            None => {
+                self.count(key, now);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The part of an address that one customer line has to itself: an IPv4 address, an IPv6 /64.
+pub fn line(address: IpAddr) -> IpAddr {
+    mask(address, 32, 64)
+}
+
+/// The part of an address that is costly to have many of: an IPv4 /24, an IPv6 /48.
+pub fn site(address: IpAddr) -> IpAddr {
+    mask(address, 24, 48)
+}
+
+fn mask(address: IpAddr, v4_bits: u32, v6_bits: u32) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => IpAddr::V4((v4.to_bits() & u32::MAX.checked_shl(u32::BITS - v4_bits).unwrap_or(0)).into()),
+        IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() & u128::MAX.checked_shl(u128::BITS - v6_bits).unwrap_or(0)).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_that_failed_too_often_waits_for_the_end_of_the_window() {
+        let limiter = Limiter::new(2, Duration::from_secs(60), 10);
+        let start = Instant::now();
+        assert!(limiter.take(&1, start).is_ok());
+        assert!(limiter.take(&1, start).is_ok());
+        assert_eq!(
+            limiter.take(&1, start + Duration::from_secs(20)),
+            Err(Duration::from_secs(40))
+        );
+        assert!(limiter.take(&2, start).is_ok());
+        assert!(limiter.take(&1, start + Duration::from_secs(60)).is_ok());
+    }
+
+    #[test]
+    fn memory_is_bounded_and_the_worst_stay_blocked() {
+        let limiter = Limiter::new(3, Duration::from_secs(60), 100);
+        let now = Instant::now();
+        for _ in 0..3 {
+            limiter.count(&0_u32, now);
+        }
+        for key in 1..10_000 {
+            limiter.count(&key, now);
+            assert!(limiter.counts.lock().unwrap().len() <= 100);
+        }
+        assert!(limiter.blocked(&0, now).is_some());
+    }
+
+    #[test]
+    fn sources_are_grouped_by_line_and_site() {
+        let parse = |text: &str| text.parse::<IpAddr>().unwrap();
+        assert_eq!(line(parse("192.0.2.7")), parse("192.0.2.7"));
+        assert_eq!(line(parse("::ffff:192.0.2.7")), parse("192.0.2.7"));
+        assert_eq!(site(parse("192.0.2.7")), parse("192.0.2.0"));
+        assert_eq!(line(parse("2001:db8:1:2:3::4")), parse("2001:db8:1:2::"));
+        assert_eq!(site(parse("2001:db8:1:2:3::4")), parse("2001:db8:1::"));
+    }
+}

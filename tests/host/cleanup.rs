@@ -9,7 +9,11 @@ use dvpn_daemon::host::{
 use crate::namespace::Namespace;
 
 fn run<T>(work: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(work)
 }
 
 #[test]
@@ -32,7 +36,11 @@ fn cleanup_removes_all_that_a_killed_daemon_left_and_nothing_else() {
             routes: vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()],
         };
         let addresses = network.addresses.iter().map(ipnetwork::IpNetwork::ip).collect();
-        host.set_client_guard(Some(&ClientGuard { interface: CLIENT_INTERFACE.into(), addresses })).unwrap();
+        host.set_client_guard(Some(&ClientGuard {
+            interface: CLIENT_INTERFACE.into(),
+            addresses,
+        }))
+        .unwrap();
         host.client_up(&network).await.unwrap();
         let network = ProviderNetwork {
             interface: PROVIDER_INTERFACE.into(),
@@ -43,17 +51,31 @@ fn cleanup_removes_all_that_a_killed_daemon_left_and_nothing_else() {
         std::mem::forget(host);
     });
     assert!(here.sh("cat /proc/sys/net/ipv4/conf/eth0/forwarding").starts_with('1'));
-    assert!(here.sh("cat /proc/sys/net/ipv4/ip_forward").starts_with('0'), "the machine as a whole is no router");
+    assert!(
+        here.sh("cat /proc/sys/net/ipv4/ip_forward").starts_with('0'),
+        "the machine as a whole is no router"
+    );
     assert_ne!(here.snapshot(), before);
     run(async {
         let host = Host::open().unwrap();
         let report = host.cleanup(Path::new("/sys/fs/bpf/dvpn-absent")).await;
         let said: Vec<String> = report.into_iter().map(Result::unwrap).collect();
-        for part in ["interface dvpn0", "interface dvpnp0", "rules", "routes", "setting", "inet dvpn", "inet dvpn_provider"] {
+        for part in [
+            "interface dvpn0",
+            "interface dvpnp0",
+            "rules",
+            "routes",
+            "setting",
+            "inet dvpn",
+            "inet dvpn_provider",
+        ] {
             assert!(said.iter().any(|line| line.contains(part)), "{part} in {said:?}");
         }
         assert_eq!(here.snapshot(), before);
-        assert!(host.cleanup(Path::new("/sys/fs/bpf/dvpn-absent")).await.is_empty(), "a second cleanup finds nothing");
+        assert!(
+            host.cleanup(Path::new("/sys/fs/bpf/dvpn-absent")).await.is_empty(),
+            "a second cleanup finds nothing"
+        );
     });
 }
 
@@ -65,8 +87,14 @@ fn cleanup_leaves_a_stranger_by_our_name_alone_and_still_does_the_rest() {
     std::fs::write(folder.path().join("file"), "not a pin").unwrap();
     run(async {
         let report = Host::open().unwrap().cleanup(folder.path()).await;
-        assert!(matches!(&report[0], Err(Error::ForeignInterface { kind, .. }) if kind == "veth"), "{report:?}");
-        assert!(matches!(&report[1], Ok(line) if line.contains("inet dvpn")), "{report:?}");
+        assert!(
+            matches!(&report[0], Err(Error::ForeignInterface { kind, .. }) if kind == "veth"),
+            "{report:?}"
+        );
+        assert!(
+            matches!(&report[1], Ok(line) if line.contains("inet dvpn")),
+            "{report:?}"
+        );
         assert!(matches!(&report[2], Err(Error::NotBpf(_))), "{report:?}");
     });
     assert!(here.sh("ip link").contains("dvpn0"));
@@ -90,7 +118,12 @@ fn a_setting_that_somebody_else_changed_meanwhile_is_not_put_back() {
         host.provider_up(&network).await.unwrap();
         here.sh("echo 1 > /proc/sys/net/ipv4/ip_forward");
         host.provider_refresh().await.unwrap();
-        assert!(!here.sh("nft list table inet dvpn_provider").contains("\"transit\" drop"), "a router forwards for others");
+        assert!(
+            !here
+                .sh("nft list table inet dvpn_provider")
+                .contains("\"transit\" drop"),
+            "a router forwards for others"
+        );
         host.provider_down().await.unwrap();
     });
     assert!(here.sh("cat /proc/sys/net/ipv4/conf/eth0/forwarding").starts_with('1'));

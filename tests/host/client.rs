@@ -21,11 +21,18 @@ fn network() -> ClientNetwork {
 
 fn guard() -> ClientGuard {
     let addresses = network().addresses.iter().map(ipnetwork::IpNetwork::ip).collect();
-    ClientGuard { interface: CLIENT_INTERFACE.into(), addresses }
+    ClientGuard {
+        interface: CLIENT_INTERFACE.into(),
+        addresses,
+    }
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(work)
 }
 
 #[test]
@@ -43,7 +50,10 @@ fn client_up_and_down_twice_leaves_the_machine_as_it_was() {
         }
         let rules = here.sh("ip rule; ip -6 rule");
         assert_eq!(rules.matches("lookup 3329 proto 213").count(), 4, "{rules}");
-        assert!(here.sh("ip addr show dvpn0").contains("10.96.0.2/32 scope global noprefixroute dvpn0"));
+        assert!(
+            here.sh("ip addr show dvpn0")
+                .contains("10.96.0.2/32 scope global noprefixroute dvpn0")
+        );
         host.client_down().await.unwrap();
         host.set_client_guard(None).unwrap();
         host.client_down().await.unwrap();
@@ -106,7 +116,10 @@ fn a_planted_leak_is_seen_without_the_guard_and_dropped_with_it() {
     leak.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
 
     leak.send_to(b"planted", "192.0.2.9:5000").unwrap();
-    assert!(captured(&sink), "the capture must see a leak before its absence means anything");
+    assert!(
+        captured(&sink),
+        "the capture must see a leak before its absence means anything"
+    );
     sink.send_to(b"inward", "10.96.0.2:4000").unwrap();
     assert!(captured(&leak), "and the way in must be open");
 

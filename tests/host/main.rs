@@ -9,9 +9,7 @@
     reason = "a test that cannot go on must fail"
 )]
 
-
 mod cleanup;
 mod client;
 
 mod namespace;
-

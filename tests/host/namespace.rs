@@ -57,10 +57,10 @@ impl Namespace {
 
     /// Everything that the host module may change, as the kernel's own tools see it.
     pub(crate) fn snapshot(&self) -> String {
-        // Counters and the ages of addresses are no settings.
+        // What the kernel does by itself (link state, link-local addresses) is no setting.
         self.sh(
-            "ip -d -o link | sed 's/ qlen [0-9]*//; s/ qdisc [a-z_]*//'; ip -o addr | sed 's/tentative//; s/valid_lft.*//'; ip rule; ip -6 rule; \
-             ip route show table all | sort; ip -6 route show table all | sort; nft list ruleset; \
+            "ip -o link | sed 's/<.*> / /; s/ qdisc.*//'; ip -o addr | grep -v 'scope link' | sed 's/valid_lft.*//'; \
+             ip rule; ip -6 rule; ip route show table all | grep -v -e fe80 -e ff00 | sort; nft list ruleset; \
              for f in /proc/sys/net/ipv[46]/conf/*/*forwarding /proc/sys/net/ipv6/conf/*/accept_ra; do \
              echo $f $(cat $f); done",
         )

@@ -49,11 +49,14 @@ impl Host {
         })
     }
 
-    /// Makes the firewall what the session asks for. In app mode that is always [`Policy::Open`]: nothing but the
-    /// guard, which [`Host::set_client_guard`] owns.
+    /// Makes the firewall what the session asks for.
+    ///
+    /// In app mode that is always [`Policy::Open`]: nothing but the guard, which [`Host::set_client_guard`] owns. A
+    /// blocking policy belongs to device mode and is refused here rather than half applied.
     pub fn apply_policy(&self, policy: &Policy) -> Result<(), Error> {
         match policy {
             Policy::Open => Ok(()),
+            Policy::Blocked(_) => Err(Error::NotInAppMode),
         }
     }
 }

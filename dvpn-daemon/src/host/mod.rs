@@ -116,6 +116,9 @@ pub enum Error {
     /// The folder of pins is no BPF file system: nothing in it was touched.
     #[error("{0} is not on a BPF file system and was left alone: set BPF_DIRECTORY")]
     NotBpf(PathBuf),
+    /// A blocking firewall in app mode.
+    #[error("blocking all traffic needs device mode: unset KILL_SWITCH and LOCKDOWN, or TUNNEL_MODE")]
+    NotInAppMode,
     /// Provider operations before `provider_up`.
     #[error("the provider interface is not up")]
     ProviderDown,

@@ -75,6 +75,11 @@ impl Host {
         Ok(())
     }
 
+    /// The prefixes of every interface but `interface`, and what routes say is on a link.
+    pub async fn foreign_prefixes(&self, interface: &str) -> Result<Vec<IpNetwork>, Error> {
+        Ok(self.surroundings(interface).await?.on_link)
+    }
+
     fn settings(&self, network: &ProviderNetwork, around: &Surroundings) -> Result<Vec<Remembered>, Error> {
         let has = |v4: bool| network.networks.iter().any(|prefix| prefix.is_ipv4() == v4);
         forwarding::needed(&network.interface, &around.uplinks, has(true), has(false))

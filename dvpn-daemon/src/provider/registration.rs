@@ -1,0 +1,175 @@
+//! Registration and heartbeats: best effort, with a growing pause, in the way of nothing else.
+
+use std::{
+    net::{IpAddr, SocketAddr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use dvpn_common::{
+    contract::{RegisterRequest, RegisterResponse},
+    keys::{PublicKey, VerifyingKey},
+};
+use tokio::sync::watch;
+
+use super::{
+    pool::Pool,
+    status::{Event, ProviderStatus},
+};
+use dvpn_common::ids::Region;
+
+/// Heartbeat when the pool does not say.
+const HEARTBEAT: Duration = Duration::from_secs(30);
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+/// For the last word.
+const LEAVE_WITHIN: Duration = Duration::from_secs(2);
+
+/// What is announced.
+pub(super) struct Registration {
+    pub(super) pool: Pool,
+    pub(super) public_key: PublicKey,
+    pub(super) endpoint: Option<String>,
+    pub(super) port: u16,
+    pub(super) probe_port: u16,
+    pub(super) public_probe: Option<String>,
+    pub(super) region: Option<Region>,
+    pub(super) pool_key: watch::Sender<Option<VerifyingKey>>,
+    pub(super) pool_key_learned: Arc<dyn Fn(VerifyingKey) + Send + Sync>,
+    pub(super) audit: Arc<dyn Fn(Event) + Send + Sync>,
+    pub(super) status: watch::Sender<ProviderStatus>,
+    /// What the pool saw us come from.
+    pub(super) observed: Option<IpAddr>,
+}
+
+impl Registration {
+    /// Registers again and again until dropped.
+    pub(super) async fn run(mut self) {
+        let mut pause = FIRST_PAUSE;
+        let mut was_listed = None;
+        loop {
+            match self.attempt(false).await {
+                Ok(response) => {
+                    pause = FIRST_PAUSE;
+                    if was_listed.replace(response.listed) != Some(response.listed) {
+                        (self.audit)(Event::NodeRegistered {
+                            listed: response.listed,
+                        });
+                    }
+                    let moved = self.endpoint.is_none() && response.observed_address != self.observed;
+                    self.observed = response.observed_address;
+                    let heartbeat = response
+                        .heartbeat_seconds
+                        .map_or(HEARTBEAT, |s| Duration::from_secs(s.clamp(1, 3600)));
+                    // Not listed yet usually means that the pool is still probing us.
+                    let wait = if moved || !response.listed {
+                        heartbeat.min(Duration::from_secs(2))
+                    } else {
+                        heartbeat
+                    };
+                    tokio::time::sleep(wait).await;
+                }
+                Err(problem) => {
+                    tracing::warn!("registering this node: {problem}");
+                    self.status.send_modify(|status| {
+                        status.registered = false;
+                        status.problem = Some(problem);
+                    });
+                    tokio::time::sleep(pause.mul_f64(rand::random_range(0.8..1.2))).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Takes the node off the list, if the pool hears it.
+    pub(super) async fn leave(self) {
+        match tokio::time::timeout(LEAVE_WITHIN, self.attempt(true)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(problem)) => tracing::info!("leaving the pool's list: {problem}"),
+            Err(_elapsed) => tracing::info!("leaving the pool's list: no answer in time"),
+        }
+    }
+
+    async fn attempt(&self, leaving: bool) -> Result<RegisterResponse, String> {
+        let address = self.address();
+        let endpoint = match (&self.endpoint, address) {
+            (Some(endpoint), _) => endpoint.clone(),
+            (None, Some(address)) => SocketAddr::new(address, self.port).to_string(),
+            (None, None) => return Err("this machine has no address for clients: set NODE_PUBLIC_ENDPOINT".to_owned()),
+        };
+        let request = RegisterRequest {
+            node_id: self.pool.identity().node().clone(),
+            probe: self
+                .public_probe
+                .clone()
+                .or_else(|| probe_beside(&endpoint, self.probe_port)),
+            endpoint,
+            public_key: self.public_key,
+            region: self.region.clone(),
+            identity: Some(self.pool.identity().key()),
+            leaving,
+        };
+        let response = self
+            .pool
+            .register(&request)
+            .await
+            .map_err(|error| with_sources(&error))?;
+        if !leaving {
+            let key_problem = response.pool_key.and_then(|key| self.learn(key));
+            self.status.send_modify(|status| {
+                status.registered = true;
+                status.listed = response.listed;
+                status.problem = key_problem.or_else(|| response.reason.clone().filter(|_| !response.listed));
+            });
+        }
+        Ok(response)
+    }
+
+    /// Pins the first key; a different one later is a problem, not a key.
+    fn learn(&self, key: VerifyingKey) -> Option<String> {
+        let pinned = *self.pool_key.borrow();
+        match pinned {
+            None => {
+                (self.pool_key_learned)(key);
+                (self.audit)(Event::PoolKeyLearned { key: key.to_string() });
+                self.pool_key.send_replace(Some(key));
+                None
+            }
+            Some(pinned) if pinned == key => None,
+            Some(pinned) => {
+                (self.audit)(Event::PoolKeyRefused { key: key.to_string() });
+                Some(format!(
+                    "the pool shows the key {key}, pinned is {pinned}: check POOL_URL and POOL_PUBLIC_KEY"
+                ))
+            }
+        }
+    }
+
+    /// What the pool saw, or the address that this machine would send from.
+    fn address(&self) -> Option<IpAddr> {
+        self.observed.or_else(|| {
+            // Connecting a UDP socket sends nothing; it only asks the routing table.
+            let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+            socket.connect("192.0.2.1:9").ok()?;
+            Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_unspecified())
+        })
+    }
+}
+
+/// The same address, another port.
+fn probe_beside(endpoint: &str, port: u16) -> Option<String> {
+    let (address, _) = endpoint.rsplit_once(':')?;
+    Some(format!("{address}:{port}"))
+}
+
+/// An error with its reasons, for people.
+pub(super) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(reason) = source {
+        text = format!("{text}: {reason}");
+        source = reason.source();
+    }
+    text
+}

@@ -177,9 +177,16 @@ fn build(route: &Route, linker: &Path, workspace: &Path, out: &Path, object: &Pa
 fn scrub(command: &mut Command) {
     for (name, _) in env::vars_os() {
         let Some(name) = name.to_str() else { continue };
-        let cargo_own = name.starts_with("CARGO") && !matches!(name, "CARGO_HOME" | "CARGO_HTTP_CAINFO");
-        let registry =
-            name.starts_with("CARGO_REGISTR") || name.starts_with("CARGO_NET_") || name.starts_with("CARGO_HTTP_");
+        // Where the registry is and how it is reached holds for the inner cargo too.
+        let network = [
+            "CARGO_HOME",
+            "CARGO_REGISTRY_",
+            "CARGO_REGISTRIES_",
+            "CARGO_SOURCE_",
+            "CARGO_NET_",
+            "CARGO_HTTP_",
+        ];
+        let cargo_own = name.starts_with("CARGO") && !network.iter().any(|prefix| name.starts_with(prefix));
         let compiler = name.starts_with("RUST") && name != "RUSTUP_HOME";
         let script = [
             "PROFILE",
@@ -191,7 +198,7 @@ fn scrub(command: &mut Command) {
             "OUT_DIR",
             "LD_LIBRARY_PATH",
         ];
-        if (cargo_own && !registry) || compiler || script.contains(&name) || name.starts_with("DEP_") {
+        if cargo_own || compiler || script.contains(&name) || name.starts_with("DEP_") {
             command.env_remove(name);
         }
     }

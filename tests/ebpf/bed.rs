@@ -19,7 +19,7 @@ const IPV4: usize = 20;
 const TCP: usize = 20;
 const UDP: usize = 8;
 const ETHERNET: usize = 14;
-/// `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h).
+/// `struct virtio_net_hdr` (`include/uapi/linux/virtio_net.h`).
 const VNET: usize = 10;
 
 /// Namespaces and a bpffs; the thread that made it lives in them.
@@ -105,7 +105,8 @@ pub(crate) fn inject_super_packet(tun: &SyncDevice, segments: u16, size: u16) ->
     const TCPV4: u8 = 1;
     let payload = usize::from(segments) * usize::from(size);
     let mut buffer = vec![NEEDS_CHECKSUM, TCPV4];
-    for field in [(IPV4 + TCP) as u16, size, IPV4 as u16, 16] {
+    let [headers, network] = [IPV4 + TCP, IPV4].map(|length| u16::try_from(length).unwrap());
+    for field in [headers, size, network, 16] {
         buffer.extend_from_slice(&field.to_ne_bytes());
     }
     buffer.extend_from_slice(&ipv4(6, TCP + payload));

@@ -1,5 +1,13 @@
 //! The counting programs in this kernel: loaded, attached, pinned, read, left alone and adopted.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "this whole crate is a test"
+)]
+
 mod bed;
 
 use std::io::{BufRead as _, BufReader};

@@ -103,6 +103,8 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// A checkout was begun.
+    CheckoutStarted,
     /// A payment token was stored.
     TokenStored,
     /// A payment token was refused.

@@ -8,7 +8,6 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use dvpn_core::audit::Event;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -16,12 +15,12 @@ use serde::Serialize;
 pub const IDENTIFIER: &str = "dvpn-audit";
 
 #[derive(Serialize)]
-struct Record<'a> {
+struct Record<'a, E> {
     run: &'a str,
     sequence: u64,
     time: Timestamp,
     #[serde(flatten)]
-    event: &'a Event,
+    event: &'a E,
 }
 
 enum Sink {
@@ -50,7 +49,7 @@ impl Audit {
     }
 
     /// Writes one event.
-    pub fn record(&self, event: &Event) {
+    pub fn record<E: Serialize>(&self, event: &E) {
         let mut stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         stream.sequence += 1;
         let record = Record { run: &stream.run, sequence: stream.sequence, time: Timestamp::now(), event };
@@ -66,9 +65,9 @@ impl Sink {
         match self {
             Self::Journal => {
                 let identifier = format!("SYSLOG_IDENTIFIER={IDENTIFIER}");
-                let code = systemd::journal::send(&[&format!("MESSAGE={line}"), "PRIORITY=5", &identifier]);
-                if code != 0 {
-                    tracing::error!("the journal refused an audit event (error {code}): {line}");
+                let sent = systemd::journal::send(&[&format!("MESSAGE={line}"), "PRIORITY=5", &identifier]);
+                if let Err(error) = sent {
+                    tracing::error!("the journal refused an audit event ({error}): {line}");
                 }
             }
             Self::Output => {
@@ -85,12 +84,14 @@ impl Sink {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dvpn_core::audit::Event;
+    use dvpn_common::status::StateName;
 
     #[test]
     fn events_are_numbered_json_lines() {
         let stream = Stream { run: "r1".into(), sequence: 0, sink: Sink::Memory(Vec::new()) };
         let audit = Audit(Arc::new(Mutex::new(stream)));
-        let event = Event::StateChanged { from: "disconnected".into(), to: "discovering".into() };
+        let event = Event::StateChanged { from: StateName::Disconnected, to: StateName::Discovering };
         audit.record(&event);
         audit.record(&event);
         let stream = audit.0.lock().unwrap();

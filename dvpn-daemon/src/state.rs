@@ -32,6 +32,7 @@ const LAST_ENDPOINT: &str = "last-endpoint";
 const USER_ID: &str = "user-id";
 const NODE_ID: &str = "node-id";
 const POOL_KEY: &str = "pool-key";
+const CHECKOUT: &str = "checkout";
 const SEALING_KEY: &str = "sealing.key";
 
 /// Why something was not stored or not read.
@@ -169,6 +170,26 @@ impl State {
             inner.replace_sealed(SUBSCRIPTION, &sealed)
         })
         .await
+    }
+
+    /// Forgets what the payment server said.
+    pub fn clear_subscription(&self) -> Result<(), Error> {
+        self.inner.files.remove(SUBSCRIPTION)
+    }
+
+    /// The open checkout, as it was stored.
+    pub async fn checkout(&self) -> Result<Option<Zeroizing<Vec<u8>>>, Error> {
+        self.open_sealed(CHECKOUT).await
+    }
+
+    /// Stores the open checkout: its secret fetches the token, so it is sealed.
+    pub async fn store_checkout(&self, record: &[u8]) -> Result<(), Error> {
+        self.seal(CHECKOUT, Zeroizing::new(record.to_vec())).await
+    }
+
+    /// Forgets the checkout.
+    pub fn clear_checkout(&self) -> Result<(), Error> {
+        self.inner.files.remove(CHECKOUT)
     }
 
     /// Whether a session is wanted. A wish that does not read counts as one: a daemon that forgets to connect leaves

@@ -3,6 +3,7 @@
 //! Precedence: command line, environment, `/etc/dvpn/dvpn.toml` with its `conf.d`, defaults. Every error is reported,
 //! not only the first, and no error shows a secret.
 
+mod choice;
 mod document;
 mod error;
 mod read;
@@ -23,6 +24,7 @@ use dvpn_common::{
 use ipnetwork::IpNetwork;
 use url::Url;
 
+pub use choice::parse_choice;
 pub use document::{env_example, help_table, markdown_table, toml_example};
 pub use error::{Error, Errors};
 pub use read::{parse, secret_files};

@@ -1,11 +1,11 @@
 //! Prometheus metrics. Totals never run backwards: they count what the daemon saw, over every tunnel of its life.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use dvpn_common::status::{StateName, Status};
 use dvpn_core::session::Traffic;
 use prometheus::{
-    Encoder as _, GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder as _, GaugeVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 /// Every metric of the daemon; clones share them.
@@ -23,8 +23,7 @@ struct Inner {
     interface_packets: IntGaugeVec,
     interface_bytes: IntGaugeVec,
     provider_peers: IntGauge,
-    socks5_open: IntGauge,
-    socks5_refused: IntCounterVec,
+    proxy: IntGaugeVec,
 }
 
 impl Metrics {
@@ -62,11 +61,7 @@ impl Metrics {
                 &["interface", "direction"],
             )?,
             provider_peers: gauge("dvpn_provider_peers", "Approved clients on this node")?,
-            socks5_open: gauge("dvpn_socks5_connections", "SOCKS5 connections open now")?,
-            socks5_refused: register(
-                &registry,
-                IntCounterVec::new(Opts::new("dvpn_socks5_refused_total", "SOCKS5 requests refused"), &["reason"])?,
-            )?,
+            proxy: gauges("dvpn_socks5", "What the proxy counts; all but active only grow", &["what"])?,
             registry,
         };
         Ok(Self(Arc::new(inner)))
@@ -108,14 +103,22 @@ impl Metrics {
         self.0.provider_peers.set(i64::try_from(peers).unwrap_or(i64::MAX));
     }
 
-    /// SOCKS5 connections open now.
-    pub fn socks5_open(&self) -> &IntGauge {
-        &self.0.socks5_open
-    }
-
-    /// SOCKS5 requests refused, by reason.
-    pub fn socks5_refused(&self, reason: &str) {
-        self.0.socks5_refused.with_label_values(&[reason]).inc();
+    /// Shows what the proxy counted.
+    pub fn show_proxy(&self, proxy: &crate::socks5::Metrics) {
+        for (what, counter) in [
+            ("active", &proxy.active),
+            ("accepted_total", &proxy.accepted_total),
+            ("overflow_total", &proxy.overflow_total),
+            ("handshake_failed_total", &proxy.handshake_failed_total),
+            ("no_tunnel_total", &proxy.no_tunnel_total),
+            ("refused_total", &proxy.refused_total),
+            ("unreachable_total", &proxy.unreachable_total),
+            ("reset_total", &proxy.reset_total),
+            ("datagrams_total", &proxy.datagrams_total),
+        ] {
+            let value = i64::try_from(counter.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
+            self.0.proxy.with_label_values(&[what]).set(value);
+        }
     }
 
     /// The text exposition format, version 0.0.4.

@@ -9,10 +9,7 @@ pub mod metrics;
 pub mod payments;
 
 use dvpn_common::status::Status;
-use dvpn_core::{
-    audit::{Event, Verdict},
-    session::Choice,
-};
+use dvpn_core::{audit::Event, session::Choice};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{audit::Audit, logs::Tail};
@@ -137,10 +134,9 @@ impl Control {
 
     fn authorize(&self, caller: Caller, command: &str) -> Result<(), Error> {
         let allowed = caller.uid == 0 || caller.uid == self.own_uid;
-        let verdict = if allowed { Verdict::Allowed } else { Verdict::Denied };
         // Reading changes nothing; only a denied read is worth a record.
         if !(allowed && matches!(command, "logs" | "status")) {
-            self.audit.record(&Event::Command { command: command.to_owned(), uid: caller.uid, verdict });
+            self.audit.record(&Event::Command { command: command.to_owned(), uid: Some(caller.uid), allowed });
         }
         if allowed { Ok(()) } else { Err(Error::Denied { uid: caller.uid }) }
     }

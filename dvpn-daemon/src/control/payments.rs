@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, mpsc};
 
 use super::Command;
-use crate::{audit::Audit, http::payment::Payment, state::State};
+use crate::{audit::Audit, http::Payment, state::State};
 
 /// How often an open checkout is asked about while a person is likely waiting.
 const FAST_POLL: Duration = Duration::from_secs(1);
@@ -144,7 +144,7 @@ impl Payments {
 
     /// Goes on with a checkout that an earlier run began.
     pub async fn resume(&self, commands: mpsc::Sender<Command>) {
-        let stored = match self.0.state.load_checkout().await {
+        let stored = match self.0.state.checkout().await {
             Ok(Some(stored)) => stored,
             Ok(None) => return,
             Err(error) => {
@@ -173,7 +173,7 @@ impl Payments {
         }
         let state_error = |error: crate::state::Error| Error::State(error.to_string());
         let request = CheckoutRequest {
-            user_id: self.0.state.user_id().await.map_err(state_error)?,
+            user_id: self.0.state.user_id().map_err(state_error)?,
             required_wallet: REQUIRED_WALLET.to_owned(),
             required_price_usd: REQUIRED_PRICE_USD,
             required_interval: REQUIRED_INTERVAL.to_owned(),
@@ -187,7 +187,7 @@ impl Payments {
             .map_err(|error| Error::Server(format!("the answer does not read ({error}): tell its operator")))?;
         let open = Open { response, begun_at: Timestamp::now(), progress: pending() };
         let record = serde_json::to_vec(&open).map_err(|error| Error::State(error.to_string()))?;
-        self.0.state.store_checkout(zeroize::Zeroizing::new(record)).await.map_err(state_error)?;
+        self.0.state.store_checkout(&zeroize::Zeroizing::new(record)).await.map_err(state_error)?;
         let following = slot.is_some();
         let shown = open.shown();
         *slot = Some(open);
@@ -201,7 +201,7 @@ impl Payments {
 
     async fn forget(&self) {
         *self.0.open.lock().await = None;
-        if let Err(error) = self.0.state.clear_checkout().await {
+        if let Err(error) = self.0.state.clear_checkout() {
             tracing::warn!("removing the stored checkout: {error}");
         }
     }
@@ -265,9 +265,9 @@ impl Payments {
             );
             return false;
         }
-        match self.0.state.store_token(token).await {
+        match self.0.state.store_token(&token).await {
             Ok(()) => {
-                self.0.audit.record(&Event::TokenStored { development });
+                self.0.audit.record(&Event::TokenStored);
                 tracing::info!("the payment is confirmed; the token is stored");
                 true
             }

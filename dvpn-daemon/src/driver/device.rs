@@ -3,7 +3,11 @@
 //! Orders are carried out one after the other, so that a tear-down never overtakes the set-up it undoes. What the device
 //! does by itself — counts, handshakes, death — goes to the driver as inputs tagged with the attempt that made it.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use dvpn_common::keys::{PrivateKey, PublicKey};
 use dvpn_core::{
@@ -15,15 +19,14 @@ use ipnetwork::IpNetwork;
 use tokio::{
     net::UdpSocket,
     sync::{mpsc, watch},
-    task::JoinHandle,
+    task::JoinSet,
     time::{MissedTickBehavior, interval, timeout},
 };
 
 use crate::{
     control::metrics::Metrics,
     ebpf,
-    host::{ClientNetwork, Host},
-    resolve,
+    host::{ClientGuard, ClientNetwork, Host},
     socks5::TunnelPath,
     tunnel::{
         CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Tunnel, TunnelConfig, userspace::UserspaceTunnel,
@@ -66,17 +69,19 @@ pub(super) struct Surroundings {
 struct Device {
     attempt: Attempt,
     peer: PublicKey,
-    tunnel: Arc<dyn Tunnel>,
+    tunnel: Arc<Box<dyn Tunnel>>,
+    addresses: Vec<IpAddr>,
     probe: Option<SocketAddr>,
-    path: TunnelPath,
-    watch: JoinHandle<()>,
+    path: Arc<TunnelPath>,
+    /// Everything that uses the device; ended before it is closed.
+    tasks: JoinSet<()>,
 }
 
 /// Starts the task. `path` carries what the proxy may use while a device stands.
 pub(super) fn spawn(
     surroundings: Surroundings,
     inputs: mpsc::Sender<Input>,
-    path: watch::Sender<Option<TunnelPath>>,
+    path: watch::Sender<Option<(Attempt, Arc<TunnelPath>)>>,
 ) -> mpsc::Sender<Order> {
     let (orders, mut queue) = mpsc::channel(32);
     tokio::spawn(async move {
@@ -88,7 +93,7 @@ pub(super) fn spawn(
                     let outcome = configure(&surroundings, &inputs, attempt, &approval, key).await;
                     let answer = match outcome {
                         Ok(made) => {
-                            path.send_replace(Some(made.path.clone()));
+                            path.send_replace(Some((attempt, Arc::clone(&made.path))));
                             device = Some(made);
                             Ok(())
                         }
@@ -100,9 +105,9 @@ pub(super) fn spawn(
                     tell(&inputs, Input::TunnelConfigured(attempt, answer)).await;
                 }
                 Order::Handshake(attempt) => {
-                    if let Some(device) = device.as_ref().filter(|device| device.attempt == attempt) {
+                    if let Some(device) = device.as_mut().filter(|device| device.attempt == attempt) {
                         let (tunnel, peer, inputs) = (Arc::clone(&device.tunnel), device.peer, inputs.clone());
-                        tokio::spawn(async move {
+                        device.spawn(async move {
                             if tunnel.force_handshake(peer, HANDSHAKE_TIMEOUT).await.is_ok() {
                                 tell(&inputs, Input::HandshakeSeen(attempt)).await;
                             }
@@ -110,7 +115,7 @@ pub(super) fn spawn(
                     }
                 }
                 Order::Probe(attempt) => {
-                    if let Some(device) = device.as_ref().filter(|device| device.attempt == attempt) {
+                    if let Some(device) = device.as_mut().filter(|device| device.attempt == attempt) {
                         probe(device);
                     }
                 }
@@ -149,6 +154,17 @@ fn failure(what: &str, error: &dyn std::error::Error, how: &str) -> Failure {
     Failure { what, how: how.to_owned(), retry: Retry::Backoff }
 }
 
+/// The MTU of the route to `endpoint`, as the kernel tells a connected socket (`IP_MTU`, ip(7)); nothing for IPv6, where
+/// the usual value is used.
+fn route_mtu(endpoint: SocketAddr) -> Option<u32> {
+    if endpoint.is_ipv6() {
+        return None;
+    }
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+    socket.connect(endpoint).ok()?;
+    nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::IpMtu).ok()?.try_into().ok()
+}
+
 /// The tunnel's MTU: the route's, less WireGuard's 60 or 80 bytes, between the floor and the usual 1420.
 fn mtu(route_mtu_bytes: Option<u32>, endpoint: SocketAddr) -> u16 {
     let overhead = if endpoint.is_ipv4() { 60 } else { 80 };
@@ -166,7 +182,7 @@ async fn configure(
     private_key: PrivateKey,
 ) -> Result<Device, Failure> {
     let provider = approval.provider();
-    let mtu_bytes = mtu(surroundings.host.route_mtu(provider.endpoint.ip()).await, provider.endpoint);
+    let mtu_bytes = mtu(route_mtu(provider.endpoint), provider.endpoint);
     let config = TunnelConfig {
         interface: CLIENT_INTERFACE.to_owned(),
         private_key,
@@ -181,25 +197,33 @@ async fn configure(
             keepalive: None,
         }],
     };
-    let tunnel: Arc<dyn Tunnel> = Arc::from(
-        UserspaceTunnel::create(config)
-            .await
-            .map_err(|error| failure("making the tunnel", &error, "see the message above it in the log"))?,
-    );
+    let cure = "the daemon needs CAP_NET_ADMIN; dvpn-daemon --cleanup removes what an earlier run left";
+    let tunnel =
+        UserspaceTunnel::create(config).await.map_err(|error| failure("making the tunnel", &error, cure))?;
+    let tunnel = Arc::new(tunnel);
     // Counting comes before the interface is up: no packet is missed. It is not needed for the tunnel to be safe.
     match ebpf::Counters::attach(CLIENT_INTERFACE, &surroundings.bpf_directory) {
         Ok(counters) => *lock(&surroundings.counters) = Some(counters),
         Err(error) => tracing::info!("no packet counters on {CLIENT_INTERFACE}: {error}"),
     }
+    let addresses: Vec<_> = approval.addresses().iter().map(IpNetwork::ip).collect();
+    let guard = ClientGuard { interface: CLIENT_INTERFACE.to_owned(), addresses: addresses.clone() };
+    // The guard comes before the address it guards.
+    surroundings
+        .host
+        .set_client_guard(Some(&guard))
+        .map_err(|error| failure("guarding the tunnel's addresses", &error, cure))?;
     let network = ClientNetwork {
         interface: CLIENT_INTERFACE.to_owned(),
         addresses: approval.addresses().to_vec(),
         mtu_bytes,
         routes: provider.allowed_ips.clone(),
     };
-    surroundings.host.client_up(&network).await.map_err(|error| {
-        failure("configuring dvpn0", &error, "the daemon needs CAP_NET_ADMIN; dvpn-daemon --cleanup removes leftovers")
-    })?;
+    surroundings
+        .host
+        .client_up(&network)
+        .await
+        .map_err(|error| failure("configuring the tunnel's interface", &error, cure))?;
     let dns = if surroundings.dns.is_empty() {
         approval.gateways().iter().map(|gateway| SocketAddr::new(*gateway, 53)).collect()
     } else {
@@ -207,16 +231,28 @@ async fn configure(
     };
     let carried = |address: &SocketAddr| approval.addresses().iter().any(|ours| ours.is_ipv4() == address.is_ipv4());
     let dns: Vec<SocketAddr> = dns.into_iter().filter(carried).collect();
-    let addresses: Vec<_> = approval.addresses().iter().map(IpNetwork::ip).collect();
-    let path = TunnelPath::new(CLIENT_INTERFACE, addresses, resolve::resolver(CLIENT_INTERFACE, &dns));
-    let watch = tokio::spawn(observe(
-        Arc::clone(&tunnel),
-        provider.public_key,
+    let path = TunnelPath::new(CLIENT_INTERFACE, &addresses, approval.gateways(), &dns)
+        .map(Arc::new)
+        .map_err(|error| failure("preparing name resolution through the tunnel", &error, "set TUNNEL_DNS"))?;
+    let mut device = Device {
         attempt,
-        inputs.clone(),
-        surroundings.metrics.clone(),
-    ));
-    Ok(Device { attempt, peer: provider.public_key, tunnel, probe: dns.first().copied(), path, watch })
+        peer: provider.public_key,
+        tunnel: Arc::clone(&tunnel),
+        addresses,
+        probe: dns.first().copied(),
+        path,
+        tasks: JoinSet::new(),
+    };
+    device.spawn(observe(tunnel, provider.public_key, attempt, inputs.clone(), surroundings.metrics.clone()));
+    Ok(device)
+}
+
+impl Device {
+    fn spawn(&mut self, work: impl Future<Output = ()> + Send + 'static) {
+        // What has ended makes room.
+        while self.tasks.try_join_next().is_some() {}
+        self.tasks.spawn(work);
+    }
 }
 
 fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -225,7 +261,7 @@ fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 /// Shakes hands until that works once, then reports counters once a second; ends with the device.
 async fn observe(
-    tunnel: Arc<dyn Tunnel>,
+    tunnel: Arc<Box<dyn Tunnel>>,
     peer: PublicKey,
     attempt: Attempt,
     inputs: mpsc::Sender<Input>,
@@ -264,10 +300,10 @@ async fn observe(
 }
 
 /// A question inside the tunnel. Where no name server is known, the handshake is the question.
-fn probe(device: &Device) {
+fn probe(device: &mut Device) {
     let (tunnel, peer, to) = (Arc::clone(&device.tunnel), device.peer, device.probe);
-    let source = device.path.address_for(to);
-    tokio::spawn(async move {
+    let source = to.and_then(|to| device.addresses.iter().copied().find(|ours| ours.is_ipv4() == to.is_ipv4()));
+    device.spawn(async move {
         let (Some(to), Some(source)) = (to, source) else {
             drop(tunnel.force_handshake(peer, HANDSHAKE_TIMEOUT).await);
             return;
@@ -287,21 +323,24 @@ fn probe(device: &Device) {
     });
 }
 
-async fn tear_down(surroundings: &Surroundings, path: &watch::Sender<Option<TunnelPath>>, device: Option<Device>) {
+async fn tear_down(
+    surroundings: &Surroundings,
+    path: &watch::Sender<Option<(Attempt, Arc<TunnelPath>)>>,
+    device: Option<Device>,
+) {
     path.send_replace(None);
-    let Some(device) = device else { return };
-    device.watch.abort();
-    device.tunnel.close().await;
+    let Some(mut device) = device else { return };
+    device.tasks.shutdown().await;
+    // With the tasks gone this is the last handle; were it not, dropping it would end the device a little later.
+    if let Some(tunnel) = Arc::into_inner(device.tunnel) {
+        tunnel.close().await;
+    }
     undo(surroundings).await;
 }
 
 async fn undo(surroundings: &Surroundings) {
-    if lock(&surroundings.counters).take().is_some()
-        && let Err(error) = ebpf::detach_all(&surroundings.bpf_directory, CLIENT_INTERFACE)
-    {
-        tracing::warn!("unpinning the packet counters of {CLIENT_INTERFACE}: {error}");
-    }
-    if let Err(error) = surroundings.host.client_down().await {
+    let undone = surroundings.host.client_down().await.and(surroundings.host.set_client_guard(None));
+    if let Err(error) = undone {
         tracing::warn!("undoing the configuration of {CLIENT_INTERFACE}: {error}: dvpn-daemon --cleanup removes it");
     }
 }

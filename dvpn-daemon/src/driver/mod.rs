@@ -1,1 +1,354 @@
-//! The driver: wait, feed the session machine, act, publish.
+//! The driver: wait, feed the session machine, act, publish. Nothing else touches the machine.
+//!
+//! Answers come back as inputs tagged with the attempt that asked; whatever the machine cancels is aborted. The tunnel
+//! belongs to one task of its own ([`device`]), the requests to [`requests`].
+
+mod device;
+mod requests;
+mod status;
+
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+
+use dvpn_common::{ids::ProviderId, keys::PublicKey, status::Status};
+use dvpn_core::{
+    Now,
+    audit::Event,
+    config::Config,
+    session::{Action, Attempt, Choice, Input, Restored, Session},
+};
+use jiff::Timestamp;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::AbortHandle,
+    time::Instant,
+};
+
+use crate::{
+    audit::Audit,
+    control::{Command, metrics::Metrics},
+    ebpf,
+    host::Host,
+    http::{Payment, Pool},
+    socks5::{TunnelPath, TunnelWatch},
+    state::State,
+};
+use device::Order;
+use requests::{Keys, Requests};
+
+/// What the driver needs of the daemon.
+pub struct Parts {
+    /// The configuration in force.
+    pub config: Arc<Config>,
+    /// What survives restarts.
+    pub state: State,
+    /// What changes the machine.
+    pub host: Arc<Host>,
+    /// The pool, once `POOL_URL` is set.
+    pub pool: Option<Pool>,
+    /// The payment server, once `PAYMENT_API_URL` is set.
+    pub payment: Option<Payment>,
+    /// We as a provider, left out of every list: a node never selects itself.
+    pub own_node: Option<(ProviderId, PublicKey)>,
+    /// The audit stream.
+    pub audit: Audit,
+    /// The metrics.
+    pub metrics: Metrics,
+    /// The counting programs on the tunnel interface, read by `/metrics`.
+    pub counters: Arc<std::sync::Mutex<Option<ebpf::Counters>>>,
+}
+
+/// Why the driver ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// `Exit`: everything stays as it was.
+    Exit,
+    /// The service manager: the tunnel is down.
+    Terminated,
+}
+
+/// The driver, ready to run.
+pub struct Driver {
+    session: Session,
+    parts: Parts,
+    choice: Choice,
+    autostart: bool,
+    inputs: mpsc::Receiver<Input>,
+    requests: Requests,
+    running: HashMap<Attempt, AbortHandle>,
+    orders: mpsc::Sender<Order>,
+    keys: Keys,
+    status: watch::Sender<Status>,
+    path: watch::Sender<Option<(Attempt, Arc<TunnelPath>)>>,
+    usable_by: Option<Attempt>,
+    usable: watch::Sender<Option<Arc<TunnelPath>>>,
+    stopping: Option<oneshot::Sender<()>>,
+}
+
+/// Both ends of what the driver shows: made first, so that the control servers can stand before the stored state is
+/// opened.
+pub struct Views {
+    status: watch::Sender<Status>,
+    path: watch::Sender<Option<Arc<TunnelPath>>>,
+}
+
+impl Views {
+    /// A daemon that has just started.
+    pub fn new(config: &Config) -> Self {
+        Self { status: watch::Sender::new(status::starting(config)), path: watch::Sender::new(None) }
+    }
+    /// The status, after every change.
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
+    }
+    /// The path applications may use: something only while traffic flows.
+    pub fn path(&self) -> TunnelWatch {
+        self.path.subscribe()
+    }
+}
+
+fn now() -> Now {
+    Now { instant: std::time::Instant::now(), wall: Timestamp::now() }
+}
+
+impl Driver {
+    /// Makes the driver; `seed` is 32 bytes from the operating system's CSPRNG, `restored` what outlived the last run.
+    pub async fn new(parts: Parts, seed: [u8; 32], restored: Restored, views: Views) -> Self {
+        let (inputs_sender, inputs) = mpsc::channel(256);
+        let path = watch::Sender::new(None);
+        let keys = Keys::default();
+        let autostart = restored.wish;
+        let dns = parts.config.tunnel.dns.iter().map(|address| SocketAddr::new(*address, 53)).collect();
+        let surroundings = device::Surroundings {
+            host: Arc::clone(&parts.host),
+            metrics: parts.metrics.clone(),
+            dns,
+            bpf_directory: parts.config.bpf_directory.clone(),
+            counters: Arc::clone(&parts.counters),
+        };
+        let orders = device::spawn(surroundings, inputs_sender.clone(), path.clone());
+        let requests = Requests::new(&parts, keys.clone(), inputs_sender);
+        let choice = parts.config.choice.clone();
+        let session = Session::new(requests.session_config(&parts.config).await, seed, restored, now());
+        Self {
+            session,
+            parts,
+            choice,
+            autostart,
+            inputs,
+            requests,
+            running: HashMap::new(),
+            orders,
+            keys,
+            status: views.status,
+            path,
+            usable_by: None,
+            usable: views.path,
+            stopping: None,
+        }
+    }
+
+    /// Runs until told to end. `terminate` completes when the service manager ends the daemon; `reload` brings a new
+    /// configuration that was already checked; `network` says that addresses, routes or links changed.
+    pub async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        mut reload: mpsc::Receiver<Arc<Config>>,
+        mut network: mpsc::Receiver<()>,
+        terminate: impl Future<Output = ()>,
+    ) -> Ended {
+        tokio::pin!(terminate);
+        let mut path = self.path.subscribe();
+        loop {
+            self.settle().await;
+            let deadline = self.session.poll_timeout();
+            let sleep = async {
+                match deadline {
+                    Some((at, _reason)) => tokio::time::sleep_until(Instant::from_std(at)).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                Some(input) = self.inputs.recv() => self.feed(input),
+                Some(command) = commands.recv() => {
+                    if let Some(ended) = self.obey(command).await {
+                        return ended;
+                    }
+                }
+                Some(config) = reload.recv() => {
+                    self.parts.config = config;
+                    self.choice = self.parts.config.choice.clone();
+                    self.feed_config().await;
+                }
+                Some(()) = network.recv() => self.feed(Input::NetworkChanged),
+                Ok(()) = path.changed() => {}
+                () = sleep => self.session.handle_timeout(now()),
+                () = &mut terminate => return self.terminate().await,
+            }
+        }
+    }
+
+    fn feed(&mut self, input: Input) {
+        self.session.handle_input(input, now());
+    }
+
+    /// The configuration as the session must know it: whether a token is there decides `not_configured`.
+    async fn feed_config(&mut self) {
+        let mut session = self.requests.session_config(&self.parts.config).await;
+        session.choice = self.choice.clone();
+        self.feed(Input::ConfigChanged(Box::new(session)));
+    }
+
+    async fn obey(&mut self, command: Command) -> Option<Ended> {
+        match command {
+            Command::Start(done) => {
+                self.feed_config().await;
+                self.feed(Input::Start(self.choice.clone()));
+                self.settle().await;
+                answer(done);
+            }
+            Command::Stop(done) => {
+                self.feed(Input::Stop);
+                self.settle().await;
+                // The caller hears of it once the tunnel is gone; see `publish`.
+                self.stopping = Some(done);
+                self.publish();
+            }
+            Command::Choose(choice, done) => {
+                self.choice = choice;
+                self.feed_config().await;
+                answer(done);
+            }
+            Command::TokenChanged => {
+                self.requests.forget_token();
+                self.feed(Input::TokenChanged);
+                self.feed_config().await;
+            }
+            Command::Exit(done) => {
+                self.parts.audit.record(&Event::Stopped { reason: "Exit was called".to_owned() });
+                answer(done);
+                return Some(Ended::Exit);
+            }
+        }
+        None
+    }
+
+    /// Carries out everything the machine wants, then publishes.
+    async fn settle(&mut self) {
+        while let Some(action) = self.session.poll_action() {
+            self.act(action).await;
+        }
+        self.publish();
+    }
+
+    async fn act(&mut self, action: Action) {
+        match action {
+            Action::Discover(attempt) => {
+                let task = self.requests.discover(attempt);
+                self.running.insert(attempt, task);
+            }
+            Action::Probe(attempt, candidates) => {
+                let task = self.requests.probe(attempt, candidates);
+                self.running.insert(attempt, task);
+            }
+            Action::Verify(attempt, provider) => {
+                let task = self.requests.verify(attempt, provider);
+                self.running.insert(attempt, task);
+            }
+            Action::Approve(attempt, provider, subscription) => {
+                let task = self.requests.approve(attempt, *provider, subscription);
+                self.running.insert(attempt, task);
+            }
+            Action::Provision(attempt, subscription) => {
+                let task = self.requests.provision(attempt, subscription);
+                self.running.insert(attempt, task);
+            }
+            Action::Cancel(attempt) => {
+                if let Some(task) = self.running.remove(&attempt) {
+                    task.abort();
+                }
+            }
+            Action::ConfigureTunnel(attempt, approval) => match self.keys.take(approval.client_key()) {
+                Some(key) => self.order(Order::Configure(attempt, approval, key)).await,
+                None => self.feed(Input::TunnelConfigured(attempt, Err(requests::key_lost()))),
+            },
+            Action::ForceHandshake(attempt) => self.order(Order::Handshake(attempt)).await,
+            Action::ProbeTunnel(attempt) => self.order(Order::Probe(attempt)).await,
+            Action::RebindTunnel(attempt) => self.order(Order::Rebind(attempt)).await,
+            Action::TearDown(attempt) => self.order(Order::TearDown(attempt)).await,
+            Action::SetFirewall(policy) => {
+                if let Err(error) = self.parts.host.apply_policy(&policy) {
+                    self.feed(Input::FirewallFailed(requests::firewall_failed(&error)));
+                }
+            }
+            Action::StoreWish(wish) => {
+                self.autostart = wish;
+                self.requests.store_wish(wish);
+            }
+            Action::StoreLastEndpoint(endpoint) => self.requests.store_last_endpoint(endpoint),
+            Action::StoreSubscription(subscription) => self.requests.store_subscription(subscription),
+            Action::Audit(event) => {
+                self.parts.audit.record(&event);
+            }
+        }
+    }
+
+    async fn order(&self, order: Order) {
+        if self.orders.send(order).await.is_err() {
+            tracing::error!("the tunnel task has ended: restart the daemon");
+        }
+    }
+
+    fn publish(&mut self) {
+        self.running.retain(|_, task| !task.is_finished());
+        let status = status::of(&self.session, &self.parts.config, self.autostart);
+        let flows = status::carries_traffic(status.state);
+        let path = if flows { self.path.borrow().clone() } else { None };
+        let by = path.as_ref().map(|(attempt, _)| *attempt);
+        if by != self.usable_by {
+            self.usable_by = by;
+            self.usable.send_replace(path.map(|(_, path)| path));
+        }
+        if status::is_down(status.state)
+            && let Some(done) = self.stopping.take()
+        {
+            answer(done);
+        }
+        self.status.send_if_modified(|published| {
+            let changed = *published != status;
+            if changed {
+                status::log(published, &status);
+                *published = status;
+            }
+            changed
+        });
+    }
+
+    /// Takes the tunnel down without touching the stored wish.
+    async fn terminate(mut self) -> Ended {
+        self.parts.audit.record(&Event::Stopped { reason: "the service manager ended the daemon".to_owned() });
+        self.usable.send_replace(None);
+        for task in self.running.values() {
+            task.abort();
+        }
+        let (inputs_done, attempt) = (&mut self.inputs, Attempt(u64::MAX));
+        if self.orders.send(Order::TearDown(attempt)).await.is_ok() {
+            while let Some(input) = inputs_done.recv().await {
+                if matches!(input, Input::TornDown(done) if done == attempt) {
+                    break;
+                }
+            }
+        }
+        if !self.parts.config.tunnel.lockdown
+            && let Err(error) = self.parts.host.apply_policy(&dvpn_core::firewall::Policy::Open)
+        {
+            tracing::error!("opening the firewall: {error}: dvpn-daemon --cleanup opens it");
+        }
+        Ended::Terminated
+    }
+}
+
+fn answer(done: oneshot::Sender<()>) {
+    if done.send(()).is_err() {
+        tracing::debug!("a caller did not wait for the end of its command");
+    }
+}

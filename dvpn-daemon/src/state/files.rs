@@ -115,6 +115,15 @@ impl Files {
         })
     }
 
+    /// Removes the file; one that is not there is no error.
+    pub(super) fn remove(&self, name: &str) -> Result<(), Error> {
+        let path = self.path(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::Write { path, source: error }),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
     /// Gives the file another name beside its own and says which.
     pub(super) fn keep_aside(&self, name: &str) -> Result<PathBuf, Error> {
         let path = self.path(name);

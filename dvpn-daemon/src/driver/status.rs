@@ -1,0 +1,71 @@
+//! The session as others see it.
+
+use dvpn_common::status::{PaymentStatus, StateName, Status};
+use dvpn_core::{config::Config, session::Session};
+use jiff::Timestamp;
+
+/// Before the stored state is opened.
+pub(super) fn starting(config: &Config) -> Status {
+    Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        state: StateName::Disconnected,
+        since: Timestamp::now(),
+        autostart: false,
+        provider: None,
+        candidates: Vec::new(),
+        payment: PaymentStatus::Unknown,
+        paid_until: None,
+        problem: None,
+        socks5: Some(config.socks5.listen),
+        attempts: 0,
+        switches: 0,
+        rx_bytes: 0,
+        tx_bytes: 0,
+        static_key: config.tunnel.private_key.is_some(),
+    }
+}
+
+/// The status now.
+pub(super) fn of(session: &Session, config: &Config, autostart: bool) -> Status {
+    let seen = session.status();
+    Status {
+        state: seen.state,
+        since: seen.since,
+        autostart,
+        provider: seen.provider,
+        candidates: seen.candidates,
+        payment: seen.payment,
+        paid_until: seen.paid_until,
+        problem: seen.problem,
+        attempts: seen.attempts,
+        switches: seen.switches,
+        rx_bytes: seen.traffic.rx_bytes,
+        tx_bytes: seen.traffic.tx_bytes,
+        ..starting(config)
+    }
+}
+
+/// Whether applications may send: a degraded tunnel is being repaired, and what waits in it need not be cut off.
+pub(super) fn carries_traffic(state: StateName) -> bool {
+    matches!(state, StateName::Connected | StateName::Degraded)
+}
+
+/// Whether a Stop is done.
+pub(super) fn is_down(state: StateName) -> bool {
+    matches!(state, StateName::Disconnected | StateName::Blocked)
+}
+
+/// One line for each change a person would want to read.
+pub(super) fn log(before: &Status, now: &Status) {
+    if before.state != now.state {
+        match &now.provider {
+            Some(provider) => tracing::info!("{} (provider {})", now.state.as_str(), provider.id),
+            None => tracing::info!("{}", now.state.as_str()),
+        }
+    }
+    if before.problem != now.problem
+        && let Some(problem) = &now.problem
+    {
+        tracing::warn!("{}: {}", problem.what, problem.how);
+    }
+}

@@ -1,0 +1,347 @@
+//! What each invocation of the program does.
+
+use std::{
+    io::Write as _,
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow};
+use dvpn_core::{
+    audit::Event,
+    config::Config,
+    session::Restored,
+};
+use futures::StreamExt as _;
+use rand::{TryRng as _, rngs::SysRng};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    audit::Audit,
+    control::{self, Control, metrics::Metrics, payments::Payments},
+    driver::{Driver, Ended, Parts, Views},
+    ebpf,
+    host::Host,
+    http::{self, Payment, Pool},
+    logs::{self, Tail},
+    node::Node,
+    settings::{self, Arguments, EXIT_CONFIG},
+    socks5,
+    state::State,
+    tunnel::CLIENT_INTERFACE,
+};
+
+/// Threads that move packets and answer requests. Blocking work has threads of its own.
+const WORKERS: usize = 2;
+/// How long the end of the daemon waits for tasks that do not end by themselves.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Writes `text` to standard output.
+pub fn print(text: &str) -> ExitCode {
+    match writeln!(std::io::stdout().lock(), "{}", text.trim_end()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// Writes an error to standard error.
+pub fn complain(text: &str) -> ExitCode {
+    // There is nobody left to tell if this fails too.
+    drop(writeln!(std::io::stderr().lock(), "dvpn-daemon: {text}"));
+    ExitCode::FAILURE
+}
+
+/// `--help`, `--version`, or an argument that does not read.
+pub fn usage(asked: &clap::Error) -> ExitCode {
+    match asked.print() {
+        Ok(()) if !asked.use_stderr() => ExitCode::SUCCESS,
+        Ok(()) => ExitCode::from(EXIT_CONFIG),
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// A configuration that is refused: everything wrong with it, and the exit status that keeps a service manager from
+/// trying again.
+pub fn refuse(error: &settings::Error) -> ExitCode {
+    complain(&chain(error));
+    ExitCode::from(EXIT_CONFIG)
+}
+
+/// `--simulate`: the session machine in `seeds` hostile worlds.
+pub fn simulate(seeds: u64) -> ExitCode {
+    let report = dvpn_core::sim::run(0..seeds);
+    let printed = print(&report.to_string());
+    if report.is_ok() { printed } else { ExitCode::FAILURE }
+}
+
+/// `--cleanup`: takes everything of ours off the machine and says what it was.
+pub fn cleanup(config: &Config) -> ExitCode {
+    let report = runtime().and_then(|runtime| {
+        runtime.block_on(async {
+            let host = Host::open()?;
+            Ok(host.cleanup(&config.bpf_directory).await)
+        })
+    });
+    let report = match report {
+        Ok(report) => report,
+        Err(error) => return complain(&format!("{error:#}")),
+    };
+    let (mut code, mut lines) = (ExitCode::SUCCESS, Vec::new());
+    for outcome in report {
+        match outcome {
+            Ok(removed) => lines.push(format!("removed {removed}")),
+            Err(error) => {
+                code = complain(&chain(&error));
+            }
+        }
+    }
+    if lines.is_empty() {
+        lines.push("nothing of dvpn was left on this machine".to_owned());
+    }
+    let printed = print(&lines.join("\n"));
+    if code == ExitCode::SUCCESS { printed } else { code }
+}
+
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .max_blocking_threads(8)
+        .enable_all()
+        .build()
+        .context("starting the runtime")
+}
+
+/// Runs the service.
+pub fn serve(arguments: Arguments, config: Config) -> ExitCode {
+    let tail = match logs::init(&config.log) {
+        Ok(tail) => tail,
+        Err(error) => return complain(&error),
+    };
+    let runtime = match runtime() {
+        Ok(runtime) => runtime,
+        Err(error) => return complain(&format!("{error:#}")),
+    };
+    let ended = runtime.block_on(service(arguments, config, tail));
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    match ended {
+        Ok(Ended::Exit | Ended::Terminated) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Result<Ended> {
+    let config = Arc::new(config);
+    let mut random = [0_u8; 40];
+    SysRng.try_fill_bytes(&mut random).map_err(|error| anyhow!("the operating system gives no random numbers: {error}"))?;
+    let (seed, run) = random.split_first_chunk::<32>().context("32 of 40 bytes")?;
+    let audit = Audit::open(run.iter().map(|byte| format!("{byte:02x}")).collect());
+    audit.record(&Event::Started { version: env!("CARGO_PKG_VERSION").to_owned() });
+
+    let state = State::open(&config.state_directory, config.token_passphrase.as_ref())?;
+    let host = Arc::new(Host::open()?);
+    let metrics = Metrics::new().context("registering the metrics")?;
+    let client = http::Client::new(http::Options::default());
+    let payment = config.payment_api_url.clone().map(|url| Payment::new(client.clone(), url));
+    let pool = config.pool_url.clone().map(|url| Pool::new(client.clone(), url));
+    let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), config.development);
+
+    let views = Views::new(&config);
+    let (commands, orders) = mpsc::channel(16);
+    let own_uid = nix::unistd::geteuid().as_raw();
+    let control =
+        Control::new(commands.clone(), views.status(), tail, audit.clone(), payments.clone(), own_uid);
+    let counters = Arc::new(Mutex::new(None));
+
+    // Everything that others reach stands before anybody is told that it does.
+    let page_listener = listen(config.control.listen, "CONTROL_LISTEN").await?;
+    let proxy_listener = listen(config.socks5.listen, "SOCKS5_LISTEN").await?;
+    let proxy_metrics = Arc::new(socks5::Metrics::default());
+    let refresh = refresh(&counters, &proxy_metrics, &metrics);
+    tokio::spawn(control::http::serve(
+        page_listener,
+        config.control.token.clone(),
+        views.status(),
+        metrics.clone(),
+        refresh,
+    ));
+    let proxy_end = CancellationToken::new();
+    tokio::spawn(socks5::serve(
+        proxy_listener,
+        config.socks5.login.as_ref().map(|(user, password)| socks5::Credentials::new(user, password.expose())),
+        views.path(),
+        proxy_metrics,
+        proxy_end.clone(),
+    ));
+    let bus = match control::dbus::serve(control).await {
+        Ok(bus) => Some(bus),
+        Err(error) => {
+            tracing::warn!("no D-Bus control ({error}): start and stop by the stored wish only");
+            None
+        }
+    };
+    notify("READY=1\nSTATUS=running");
+
+    let network = watch_network(&host).await;
+    let (reload_sender, reload) = mpsc::channel(1);
+    tokio::spawn(reload_on_hangup(arguments, reload_sender, audit.clone()));
+    payments.resume(commands).await;
+    let node = start_node(&config, &state, &host, &client, &audit).await;
+    let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
+    let restored = restore(&state, &config).await;
+    let parts = Parts { config, state, host, pool, payment, own_node, audit, metrics, counters };
+    let driver = Driver::new(parts, *seed, restored, views).await;
+    let ended = driver.run(orders, reload, network, terminated()).await;
+    notify("STOPPING=1");
+    proxy_end.cancel();
+    if let Some(node) = node {
+        node.stop().await;
+    }
+    drop(bus);
+    Ok(ended)
+}
+
+async fn listen(address: std::net::SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("listening on {address}: is another program there? Change {setting}"))
+}
+
+/// The provider side, if its owner opted in. Whatever goes wrong with it, the client side goes on.
+async fn start_node(
+    config: &Config,
+    state: &State,
+    host: &Host,
+    client: &http::Client,
+    audit: &Audit,
+) -> Option<Node> {
+    if !config.node.register {
+        return None;
+    }
+    match Node::start(config, state, host, client, audit).await {
+        Ok(node) => Some(node),
+        Err(error) => {
+            tracing::error!("this node is no provider: {}", chain(&error));
+            None
+        }
+    }
+}
+
+/// What outlived the last run. A record that does not open is logged and counts as absent: the stricter reading.
+async fn restore(state: &State, config: &Config) -> Restored {
+    let token = match &config.payment_token {
+        Some(token) => Ok(Some(token.clone())),
+        None => state.token().await,
+    };
+    let subscription = match token {
+        Ok(Some(token)) => state.subscription(&token).await.unwrap_or_else(|error| {
+            tracing::warn!("the stored subscription is not used: {}", chain(&error));
+            None
+        }),
+        Ok(None) => None,
+        Err(error) => {
+            tracing::warn!("the stored token is not used: {}", chain(&error));
+            None
+        }
+    };
+    Restored { wish: state.wish(), last_endpoint: state.last_endpoint(), subscription }
+}
+
+/// Reads the programs' counters whenever the metrics page is asked for.
+fn refresh(
+    counters: &Arc<Mutex<Option<ebpf::Counters>>>,
+    proxy: &Arc<socks5::Metrics>,
+    metrics: &Metrics,
+) -> Arc<dyn Fn() + Send + Sync> {
+    let (counters, proxy, metrics) = (Arc::clone(counters), Arc::clone(proxy), metrics.clone());
+    Arc::new(move || {
+        metrics.show_proxy(&proxy);
+        let counters = counters.lock().unwrap_or_else(PoisonError::into_inner);
+        match counters.as_ref().map(ebpf::Counters::read) {
+            Some(Ok([ingress, egress])) => {
+                metrics.show_interface(CLIENT_INTERFACE, "ingress", ingress);
+                metrics.show_interface(CLIENT_INTERFACE, "egress", egress);
+            }
+            Some(Err(error)) => tracing::debug!("reading the packet counters: {error}"),
+            None => {}
+        }
+    })
+}
+
+/// Tells the service manager, if there is one.
+fn notify(text: &str) {
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    let pairs: Vec<(&str, &str)> = pairs.collect();
+    match systemd::daemon::notify(pairs.iter()) {
+        Ok(_) => {}
+        Err(error) => tracing::warn!("telling the service manager {text:?}: {error}"),
+    }
+}
+
+/// Completes when the service manager or the terminal ends the daemon.
+async fn terminated() {
+    let (Ok(mut term), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        tracing::error!("signals can not be caught: only SIGKILL ends this daemon");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// SIGHUP: reads the configuration again; a bad one is refused and the old one holds.
+async fn reload_on_hangup(arguments: Arguments, reload: mpsc::Sender<Arc<Config>>, audit: Audit) {
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+    while hangup.recv().await.is_some() {
+        match arguments.load(std::env::vars_os()) {
+            Ok(config) => {
+                audit.record(&Event::ConfigReloaded { accepted: true, reason: None });
+                tracing::info!("the configuration was read again; listeners and keys change at the next restart");
+                if reload.send(Arc::new(config)).await.is_err() {
+                    return;
+                }
+            }
+            Err(refused) => {
+                audit.record(&Event::ConfigReloaded { accepted: false, reason: Some(refused.to_string()) });
+                tracing::error!("the new configuration is refused, the old one holds: {refused}");
+            }
+        }
+    }
+}
+
+async fn watch_network(host: &Host) -> mpsc::Receiver<()> {
+    let (sender, receiver) = mpsc::channel(1);
+    match host.network_changes().await {
+        Ok(mut changes) => {
+            tokio::spawn(async move {
+                while changes.next().await.is_some() {
+                    if sender.send(()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        Err(error) => tracing::warn!("changes of the network are not seen: {}", chain(&error)),
+    }
+    receiver
+}

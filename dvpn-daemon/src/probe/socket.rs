@@ -76,7 +76,8 @@ impl Socket {
             tracing::debug!(%error, "probe packets go unmarked");
         }
         setsockopt(&socket, ReceiveTimestampns, &true)?;
-        if v6 {
+        // A raw socket has no such option: ICMPv6 is IPv6 by itself.
+        if v6 && kind == Kind::Echo {
             socket.set_only_v6(true)?;
         }
         let any = if v6 {
@@ -86,7 +87,7 @@ impl Socket {
         };
         socket.bind(&SocketAddr::new(any, 0).into())?;
         Ok(Self {
-            socket: UdpSocket::from_std(socket.into())?,
+            inner: UdpSocket::from_std(socket.into())?,
             kind,
             v6,
         })

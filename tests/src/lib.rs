@@ -15,6 +15,7 @@
 //! | [`certs`] | certificates of a throw-away authority |
 //! | [`web`] | the server beyond the providers: exit address, bytes, UDP echo, names |
 //! | [`socks`] | a small SOCKS5 client |
+//! | [`snapshot`] | the network side of a machine as text |
 //! | [`capture`] | packet capture with a predicate |
 //! | [`sweep`] | removes what a crashed run left |
 
@@ -28,6 +29,7 @@ pub mod namespace;
 pub mod network;
 pub mod node;
 pub mod process;
+pub mod snapshot;
 pub mod socks;
 pub mod sweep;
 mod sys;

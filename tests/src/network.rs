@@ -169,6 +169,11 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
+        // Nearly all processes have ended with their handles; a traced or forgotten one has not.
+        let id = self.directory.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        if let Err(error) = sweep::end_processes(&namespace::names(&format!("{PREFIX}{id}-"))) {
+            tracing::error!("{error:#}");
+        }
         if let Err(error) = umount2(&self.bpf, MntFlags::MNT_DETACH) {
             tracing::error!("unmounting {}: {error}", self.bpf.display());
         }

@@ -99,7 +99,7 @@ pub fn remove(id: &str) -> Result<()> {
 }
 
 /// Ends every process whose network namespace is one of these: politely, then not.
-fn end_processes(names: &[String]) -> Result<()> {
+pub(crate) fn end_processes(names: &[String]) -> Result<()> {
     let inodes: Vec<(u64, u64)> = names
         .iter()
         .filter_map(|name| std::fs::metadata(Path::new(namespace::DIRECTORY).join(name)).ok())

@@ -18,7 +18,7 @@ use crate::{
     network::{Machine, Network, NetworkConfig, POOL},
     node::{self, Daemon, Environment},
     process::Process,
-    sweep,
+    snapshot, sweep,
 };
 
 /// How long a session may take to stand, on a machine that is busy with other tests.
@@ -44,6 +44,8 @@ pub struct World {
     pub authority: Authority,
     /// The pool's certificate.
     pub identity: Identity,
+    /// The client's machine before its daemon was first started.
+    pub client_before: String,
     /// The network itself.
     pub network: Network,
     _alone: File,
@@ -70,9 +72,10 @@ impl World {
         }
         node::wait_until_listed(&network, &ca, providers.len(), Duration::from_secs(30))
             .with_context(|| format!("the pool says:\n{}", pool.log_tail()))?;
+        let client_before = snapshot::take(&network.client.namespace, &network.bpf_directory(&network.client))?;
         let client = Daemon::spawn(&network, &network.client, told(node::client_environment(&ca)))?;
         client.client.check_no_way_around()?;
-        Ok(Self { client, providers, pool, web, authority, identity, network, _alone: alone })
+        Ok(Self { client, providers, pool, web, authority, identity, client_before, network, _alone: alone })
     }
 
     /// The way to ask the client.

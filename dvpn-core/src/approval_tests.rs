@@ -23,7 +23,7 @@ fn paid(hours: i64) -> Subscription {
         now() - SignedDuration::from_hours(1000),
     ) {
         Verification::Paid(subscription) => subscription,
-        other => panic!("{other:?}"),
+        other @ (Verification::NotPaid(_) | Verification::CannotTell(_)) => panic!("{other:?}"),
     }
 }
 

@@ -145,6 +145,13 @@ pub fn judge(status: u16, body: &[u8], now: Timestamp) -> Verification {
             body.len()
         ));
     }
+    // Serde would also take an array for a struct, value by value.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return cannot_tell(format!(
+            "the verify answer is no JSON object: \"{}\"",
+            excerpt_bytes(body)
+        ));
+    }
     match serde_json::from_slice::<Answer<'_>>(body) {
         Ok(answer) => match answer.judge(now) {
             Ok(subscription) => Verification::Paid(subscription),

@@ -34,7 +34,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert!(!config.fallback.enabled && !config.node.register && !config.tray && !config.pool_private);
     assert!(config.auto_network_config && config.upnp);
     assert_eq!(config.fallback.script, PathBuf::from("scripts/setup_fallback_node.sh"));
-    assert_eq!(config.fallback.timeout, Duration::from_secs(120));
+    assert_eq!(config.fallback.timeout, Duration::from_mins(2));
     assert_eq!((config.node.port, config.node.probe_port), (51820, 51821));
     assert_eq!(
         (config.bandwidth.sample, config.bandwidth.total_bits_per_second),
@@ -139,7 +139,7 @@ fn all_errors_come_at_once_and_no_secret_with_them() {
 fn toml_takes_lower_case_names_and_refuses_everything_else_by_name() {
     let text = "mesh_sample_size = 5\nupnp_enabled = false\nproviders_only = [\"a\", \"region:de\"]\npayment_token_file = \"/x\"\nbandwidth_total_mbps = 2.5\n";
     let source = Source::toml("dvpn.toml", text).unwrap();
-    let config = parse(&[source.clone()]).unwrap_or_else(|errors| panic!("{errors}"));
+    let config = parse(std::slice::from_ref(&source)).unwrap_or_else(|errors| panic!("{errors}"));
     assert_eq!((config.mesh_sample_size, config.upnp), (5, false));
     assert_eq!(config.choice.only_ids.len(), 1);
     assert_eq!(config.bandwidth.total_bits_per_second, Some(2_500_000));

@@ -86,7 +86,7 @@ tier_fuzz() {
   fi
   local status=0 closing
   scripts/fuzz.sh 20 2>&1 | tee "$log" || status=$?
-  closing=$(grep -E '^[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?$' "$log" | tail -n 1 || true)
+  closing=$(grep -E '^(fuzz: )?[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?$' "$log" | tail -n 1 || true)
   if [[ -z $closing ]]; then
     if ((status == 0)); then passed=$((passed + 1)); else failed=$((failed + 1)); fi
     return

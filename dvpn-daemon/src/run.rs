@@ -4,7 +4,7 @@ use std::{
     io::Write as _,
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow};
@@ -14,6 +14,7 @@ use dvpn_core::{
     session::Restored,
 };
 use futures::StreamExt as _;
+use jiff::Timestamp;
 use rand::{TryRng as _, rngs::SysRng};
 use tokio::{
     net::TcpListener,
@@ -75,9 +76,9 @@ pub fn refuse(error: &settings::Error) -> ExitCode {
 
 /// `--simulate`: the session machine in `seeds` hostile worlds.
 pub fn simulate(seeds: u64) -> ExitCode {
-    let report = dvpn_core::sim::run(0..seeds);
+    let report = dvpn_core::sim::run(0..seeds, dvpn_core::Now { instant: Instant::now(), wall: Timestamp::now() });
     let printed = print(&report.to_string());
-    if report.is_ok() { printed } else { ExitCode::FAILURE }
+    if report.is_good() { printed } else { ExitCode::FAILURE }
 }
 
 /// `--cleanup`: takes everything of ours off the machine and says what it was.

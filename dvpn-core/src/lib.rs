@@ -11,6 +11,7 @@
 //! | [`config`] | what the operator asked for |
 //! | [`seal`] | whether a stored secret is ours and whole |
 //! | [`audit`] | what is worth recording |
+//! | [`sim`] | nothing: it tries the machine against a world that fails in every way |
 //! | [`address`], [`keys`], [`text`] | what addresses, keys and foreign texts are |
 
 pub mod address;
@@ -24,6 +25,7 @@ pub mod payment;
 pub mod seal;
 pub mod selection;
 pub mod session;
+pub mod sim;
 pub mod text;
 
 use std::{fmt, time::Instant};

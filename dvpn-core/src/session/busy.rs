@@ -163,13 +163,8 @@ impl Session {
     pub(super) fn authorization_missing(&mut self, authorizing: Authorizing, failure: Failure) -> State {
         let Authorizing { question, step, run } = authorizing;
         match step {
-            // Nothing was heard of the payment: that is the answer "cannot tell", under a number that the late one
-            // will not have.
+            // Nothing was heard of the payment: that is the answer "cannot tell".
             Step::Verify(_) | Step::VerifyProvisioned(_) => {
-                let question = Question {
-                    attempt: self.fresh(),
-                    ..question
-                };
                 let authorizing = Authorizing { question, step, run };
                 self.candidate_verified(authorizing, Verification::CannotTell(failure))
             }

@@ -1,10 +1,20 @@
-//! What several tests need: providers, subscriptions and approvals made from numbers.
+//! What several tests need: providers, subscriptions and approvals made from numbers, through the real constructors.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
+};
 
 use dvpn_common::keys::PublicKey;
+use jiff::Timestamp;
 
-use crate::directory::Provider;
+use super::{Choice, SessionConfig};
+use crate::{
+    Failure, Now, Retry,
+    approval::{Approval, PoolRequest},
+    directory::{Directory, Provider},
+    payment::{self, Subscription, Verification},
+};
 
 /// Provider number `n`: `provider-n` at 192.0.2.n:51820, region `even` or `odd`, echo one port above.
 pub(crate) fn provider(n: u8) -> Provider {
@@ -16,5 +26,87 @@ pub(crate) fn provider(n: u8) -> Provider {
         allowed_ips: vec!["0.0.0.0/0".parse().unwrap()],
         probe: Some(SocketAddr::new(address, 51821)),
         region: Some(if n.is_multiple_of(2) { "even" } else { "odd" }.parse().unwrap()),
+    }
+}
+
+/// Providers 1 to `n`.
+pub(crate) fn directory(n: u8) -> Directory {
+    Directory {
+        providers: (1..=n).map(provider).collect(),
+        version: None,
+        expires_at: None,
+    }
+}
+
+/// A start of all clocks.
+pub(crate) fn start() -> Now {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "an Instant has no other source; only differences count"
+    )]
+    let instant = Instant::now();
+    Now {
+        instant,
+        wall: Timestamp::from_second(1_800_000_000).unwrap(),
+    }
+}
+
+pub(crate) fn after(now: Now, time: Duration) -> Now {
+    Now {
+        instant: now.instant + time,
+        wall: now.wall.checked_add(time).unwrap(),
+    }
+}
+
+/// A real yes, good for `time`.
+pub(crate) fn paid(now: Now, time: Duration) -> Verification {
+    let until = now.wall.checked_add(time).unwrap().as_second();
+    let body = format!(
+        r#"{{"active":true,"wallet":"1MUss4jmaRJ2sMtS9gyZqeRw8WrhWTsrxn","interval":"monthly","amount_usd":9.99,"expires_at":{until}}}"#
+    );
+    let verification = payment::judge(200, body.as_bytes(), now.wall);
+    assert!(matches!(verification, Verification::Paid(_)), "{verification:?}");
+    verification
+}
+
+pub(crate) fn subscription(now: Now, time: Duration) -> Subscription {
+    match paid(now, time) {
+        Verification::Paid(subscription) => subscription,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A real approval at a provider, good for `time`.
+pub(crate) fn approval(provider: &Provider, now: Now, time: Duration) -> Box<Approval> {
+    let until = now.wall.checked_add(time).unwrap();
+    let body = format!(r#"{{"address":"10.96.0.2/32","expires_at":"{until}"}}"#);
+    let asked = PoolRequest {
+        subscription: &subscription(now, Duration::from_hours(1000)),
+        provider,
+        client_key: &PublicKey::from_bytes([200; 32]).unwrap(),
+        static_addresses: &[],
+        pool_key: None,
+        now: now.wall,
+    };
+    Box::new(Approval::from_pool(&asked, 200, body.as_bytes()).unwrap())
+}
+
+pub(crate) fn failure(retry: Retry) -> Failure {
+    Failure {
+        what: "it failed".into(),
+        how: "mend it".into(),
+        retry,
+    }
+}
+
+pub(crate) fn config() -> SessionConfig {
+    SessionConfig {
+        not_configured: None,
+        kill_switch: true,
+        lockdown: false,
+        sample_size: 3,
+        choice: Choice::default(),
+        fallback: false,
+        fallback_timeout: Duration::from_mins(2),
     }
 }

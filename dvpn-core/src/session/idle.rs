@@ -167,8 +167,6 @@ impl Session {
                 if provisioning.verified {
                     return self.provisioned(attempt, Err(no_answer("the fallback orchestrator")));
                 }
-                // A verification under a cancelled number cannot be told from its late answer: take a fresh one.
-                let attempt = self.fresh();
                 self.fallback_verified(attempt, Verification::CannotTell(no_answer("the payment server")))
             }
             State::Connecting(connecting) if self.is_over(connecting.question.deadline) => {

@@ -304,6 +304,7 @@ impl Session {
                 .push_back(Action::Audit(Event::FirewallChanged { policy: policy.clone() }));
             self.actions.push_back(Action::SetFirewall(policy.clone()));
             self.policy = Some(policy);
+            self.firewall_unknown = false;
             self.adopting = false;
         }
         self.actions.extend(self.out.drain(..));

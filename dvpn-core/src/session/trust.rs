@@ -27,12 +27,22 @@ impl Session {
     /// Takes the payment server's word, keeping "no answer" apart from "no".
     pub(super) fn verified(&mut self, provider: ProviderId, verification: Verification) -> Verdict {
         let (outcome, verdict) = match verification {
-            Verification::Paid(subscription) => {
+            Verification::Paid(subscription) if subscription.is_valid(self.now.wall) => {
                 self.subscription = Some(subscription);
                 self.payment = PaymentStatus::Paid;
                 self.out.push(Action::StoreSubscription(Some(subscription)));
                 let valid_until = subscription.valid_until();
                 (VerificationOutcome::Paid { valid_until }, Verdict::Paid(subscription))
+            }
+            // A yes that came so late that it is over: the next answer will tell.
+            Verification::Paid(subscription) => {
+                let failure = Failure {
+                    what: format!("the verified subscription ended at {}", subscription.valid_until()),
+                    how: "check this machine's clock, or pay for the next month".into(),
+                    retry: Retry::Backoff,
+                };
+                let reason = failure.to_string();
+                (VerificationOutcome::CannotTell { reason }, Verdict::CannotTell(failure))
             }
             Verification::NotPaid(failure) => {
                 self.subscription = None;

@@ -1,0 +1,699 @@
+//! The world around a session: a pool, a payment server, an orchestrator, providers with loss and outages, a user, and
+//! a clock that jumps from event to event. One seed decides everything.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+
+use dvpn_common::{ids::ProviderId, keys::PublicKey, status::ProbeMethod};
+use jiff::Timestamp;
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+
+use super::watch::{Broken, Watch};
+use crate::{
+    Failure, Now, Retry,
+    approval::{Approval, PoolRequest, ProvisionRequest},
+    directory::{Directory, Policy as DirectoryPolicy, Provider},
+    payment::{self, Subscription},
+    session::{Action, Attempt, Choice, Input, Measurement, Restored, Session, SessionConfig, Traffic},
+};
+
+/// One second: how often the tunnel's totals are sampled.
+const SAMPLE: Duration = Duration::from_secs(1);
+/// The seed wallet's terms, as a payment server states them.
+const PAID: &str =
+    r#""active":true,"wallet":"1MUss4jmaRJ2sMtS9gyZqeRw8WrhWTsrxn","interval":"monthly","amount_usd":9.99"#;
+
+/// How a server behaves for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Server {
+    Up,
+    Slow,
+    Down,
+    /// Answers what must not be believed, or says no.
+    Hostile,
+    /// Never answers: not even an error comes back.
+    Lost,
+}
+
+/// A provider as it really is.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) provider: Provider,
+    pub(super) latency: Duration,
+    pub(super) loss: f64,
+    /// Silent until then.
+    pub(super) silent_until: Duration,
+    pub(super) dead: bool,
+}
+
+/// A tunnel as it really is.
+#[derive(Debug)]
+struct Device {
+    attempt: Attempt,
+    provider: ProviderId,
+    traffic: Traffic,
+    shaken: bool,
+}
+
+/// Something that will happen.
+#[derive(Debug)]
+enum Event {
+    /// The machine is told.
+    Tell(Box<Input>),
+    /// Totals are read.
+    Sample(Attempt),
+    /// A handshake is tried, this many times already.
+    Handshake(Attempt, u32),
+    /// The world or its user does something.
+    Mischief,
+    /// From now on all is well.
+    Heal,
+}
+
+/// What one run saw.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Inputs and timeouts fed.
+    pub steps: u64,
+    /// Attempts begun.
+    pub attempts: u64,
+    /// Tunnels that shook hands.
+    pub tunnels: u64,
+    /// Changes of provider without being told to.
+    pub switches: u64,
+    /// Providers made by the orchestrator.
+    pub provisions: u64,
+    /// Restarts of the daemon.
+    pub restarts: u64,
+}
+
+pub(super) struct World {
+    rng: StdRng,
+    start: Now,
+    /// Time since the start.
+    pub(super) time: Duration,
+    events: BTreeMap<(Duration, u64), Event>,
+    sequence: u64,
+    session: Session,
+    watch: Watch,
+    config: SessionConfig,
+    pub(super) pool: Server,
+    pub(super) payment: Server,
+    orchestrator: Server,
+    pub(super) peers: Vec<Peer>,
+    device: Option<Device>,
+    /// How busy the user is: bytes a second.
+    load: u64,
+    subscription_life: Duration,
+    approval_life: Duration,
+    stored: Restored,
+    healed: bool,
+    pub(super) counts: Counts,
+    /// Attempts and switches of sessions before a restart.
+    before: (u64, u64),
+}
+
+impl World {
+    pub(super) fn new(seed: u64, start: Now) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let peers = (1..=rng.random_range(1..=9_u8)).map(|n| peer(n, &mut rng)).collect();
+        let config = SessionConfig {
+            not_configured: None,
+            kill_switch: rng.random_bool(0.7),
+            lockdown: rng.random_bool(0.2),
+            sample_size: rng.random_range(1..=4),
+            choice: Choice::default(),
+            fallback: rng.random_bool(0.4),
+            fallback_timeout: Duration::from_secs(20),
+        };
+        let stored = Restored {
+            wish: rng.random_bool(0.3),
+            ..Restored::default()
+        };
+        let session = Session::new(config.clone(), rng.random(), stored, start);
+        let watch = Watch::new(&config, &stored);
+        let (subscription_life, approval_life) = lives(&mut rng);
+        Self {
+            rng,
+            start,
+            time: Duration::ZERO,
+            events: BTreeMap::new(),
+            sequence: 0,
+            session,
+            watch,
+            config,
+            pool: Server::Up,
+            payment: Server::Up,
+            orchestrator: Server::Up,
+            peers,
+            device: None,
+            load: 0,
+            subscription_life,
+            approval_life,
+            stored,
+            healed: false,
+            counts: Counts::default(),
+            before: (0, 0),
+        }
+    }
+
+    fn now(&self) -> Now {
+        Now {
+            instant: self.start.instant + self.time,
+            wall: self.start.wall.checked_add(self.time).unwrap_or(Timestamp::MAX),
+        }
+    }
+
+    fn at(&mut self, delay: Duration, event: Event) {
+        self.sequence += 1;
+        self.events.insert((self.time + delay, self.sequence), event);
+    }
+
+    fn tell(&mut self, delay: Duration, input: Input) {
+        self.at(delay, Event::Tell(Box::new(input)));
+    }
+
+    /// Chaos until `chaos`, then a healed world until `end`, by when a wanted session must be connected.
+    pub(super) fn run(&mut self, chaos: Duration, end: Duration) -> Result<(), Broken> {
+        self.at(Duration::from_millis(10), Event::Mischief);
+        self.at(chaos, Event::Heal);
+        let now = self.now();
+        let first = self.watch.begin(&mut self.session, now)?;
+        self.carry_out(first);
+        while self.time < end {
+            self.step(end)?;
+        }
+        let status = self.session.status();
+        self.counts.attempts = self.before.0 + status.attempts;
+        self.counts.switches = self.before.1 + status.switches;
+        let connected = status.state == dvpn_common::status::StateName::Connected;
+        if status.wanted && !connected {
+            return Err(Broken(format!(
+                "all is well again, and the session is still {:?}: {:?}",
+                status.state, status.problem
+            )));
+        }
+        if !status.wanted && status.state != dvpn_common::status::StateName::Disconnected {
+            return Err(Broken(format!(
+                "nothing is wanted, and the session is {:?}",
+                status.state
+            )));
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, end: Duration) -> Result<(), Broken> {
+        let event_at = self.events.first_key_value().map(|((at, _), _)| *at);
+        let due_at = self
+            .session
+            .poll_timeout()
+            .map(|(at, _)| at.saturating_duration_since(self.start.instant));
+        self.counts.steps += 1;
+        // Which of two things at the same moment comes first is not defined: both orders are tried.
+        let timeout_first = match (due_at, event_at) {
+            (Some(due), Some(event)) => due < event || (due == event && self.rng.random()),
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        let actions = if timeout_first {
+            self.time = due_at.unwrap_or(self.time).max(self.time);
+            let now = self.now();
+            self.watch.expire(&mut self.session, now)?
+        } else if let Some(((at, _), event)) = self.events.pop_first() {
+            self.time = at.max(self.time);
+            return self.happen(event);
+        } else {
+            // A session at rest in a quiet world: nothing happens until the end.
+            self.time = end;
+            return Ok(());
+        };
+        self.carry_out(actions);
+        Ok(())
+    }
+
+    fn feed(&mut self, input: Input) -> Result<(), Broken> {
+        let now = self.now();
+        let actions = self.watch.feed(&mut self.session, input, now)?;
+        self.carry_out(actions);
+        Ok(())
+    }
+
+    fn happen(&mut self, event: Event) -> Result<(), Broken> {
+        match event {
+            Event::Tell(input) => {
+                if let Input::TornDown(attempt) = *input
+                    && self.device.as_ref().is_some_and(|device| device.attempt == attempt)
+                {
+                    self.device = None;
+                }
+                self.feed(*input)
+            }
+            Event::Sample(attempt) => match self.sampled(attempt) {
+                Some(traffic) => {
+                    self.at(SAMPLE, Event::Sample(attempt));
+                    self.feed(Input::TrafficSampled(attempt, traffic))
+                }
+                None => Ok(()),
+            },
+            Event::Handshake(attempt, tries) => self.shake(attempt, tries),
+            Event::Mischief if self.healed => Ok(()),
+            Event::Mischief => {
+                let pause = Duration::from_millis(self.rng.random_range(100..12_000));
+                self.at(pause, Event::Mischief);
+                self.mischief()
+            }
+            Event::Heal => self.heal(),
+        }
+    }
+
+    /// Whether a packet to a provider and back arrives.
+    fn passes(&mut self, provider: &ProviderId) -> bool {
+        let time = self.time;
+        let Some(peer) = self.peers.iter().find(|peer| peer.provider.id == *provider) else {
+            return false;
+        };
+        !peer.dead && peer.silent_until <= time && !self.rng.random_bool(peer.loss)
+    }
+
+    /// A second of user's traffic passes, or does not.
+    fn sampled(&mut self, attempt: Attempt) -> Option<Traffic> {
+        let provider = self
+            .device
+            .as_ref()
+            .filter(|device| device.attempt == attempt)?
+            .provider
+            .clone();
+        let load = if self.rng.random_bool(0.8) { self.load } else { 0 };
+        let packets = load.min(4);
+        let arrived = (0..packets).filter(|_| self.passes(&provider)).count() as u64;
+        let device = self.device.as_mut()?;
+        device.traffic.tx_bytes += load;
+        if let Some(share) = (load * arrived).checked_div(packets) {
+            device.traffic.rx_bytes += share;
+        }
+        Some(device.traffic)
+    }
+
+    fn shake(&mut self, attempt: Attempt, tries: u32) -> Result<(), Broken> {
+        let Some(device) = self.device.as_mut().filter(|device| device.attempt == attempt) else {
+            return Ok(());
+        };
+        let provider = device.provider.clone();
+        device.traffic.tx_bytes += 148;
+        if !self.passes(&provider) {
+            // WireGuard's own retry comes after 5 s; three are enough for any state to be left.
+            if tries < 3 {
+                self.at(Duration::from_secs(5), Event::Handshake(attempt, tries + 1));
+            }
+            return Ok(());
+        }
+        let Some(device) = self.device.as_mut() else {
+            return Ok(());
+        };
+        device.traffic.rx_bytes += 92;
+        let first = !std::mem::replace(&mut device.shaken, true);
+        if first {
+            self.counts.tunnels += 1;
+            self.at(SAMPLE, Event::Sample(attempt));
+        }
+        self.feed(Input::HandshakeSeen(attempt))
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Discover(attempt) => self.list(attempt),
+                Action::Probe(attempt, providers) => self.measure(attempt, &providers),
+                Action::Verify(attempt, _) => self.verify(attempt),
+                Action::Approve(attempt, provider, subscription) => self.approve(attempt, &provider, &subscription),
+                Action::Provision(attempt, subscription) => self.provision(attempt, &subscription),
+                // Answers already under way come all the same: the machine must not mind.
+                Action::Cancel(_) | Action::SetFirewall(_) | Action::Audit(_) => {}
+                Action::ConfigureTunnel(attempt, approval) => self.configure(attempt, &approval),
+                Action::ForceHandshake(attempt) | Action::RebindTunnel(attempt) => {
+                    self.at(Duration::from_millis(20), Event::Handshake(attempt, 3));
+                }
+                Action::ProbeTunnel(attempt) => self.probe_tunnel(attempt),
+                Action::TearDown(attempt) => {
+                    let delay = Duration::from_millis(self.rng.random_range(1..300));
+                    self.tell(delay, Input::TornDown(attempt));
+                }
+                Action::StoreWish(wish) => self.stored.wish = wish,
+                Action::StoreLastEndpoint(endpoint) => self.stored.last_endpoint = Some(endpoint),
+                Action::StoreSubscription(subscription) => self.stored.subscription = subscription,
+            }
+        }
+    }
+
+    /// When a server's answer comes, if it does.
+    fn delay(&mut self, server: Server) -> Option<Duration> {
+        let milliseconds = match server {
+            Server::Up | Server::Hostile => 5..80,
+            Server::Slow => 2_000..40_000,
+            Server::Down => 1..10_000,
+            Server::Lost => return None,
+        };
+        Some(Duration::from_millis(self.rng.random_range(milliseconds)))
+    }
+
+    fn list(&mut self, attempt: Attempt) {
+        let Some(delay) = self.delay(self.pool) else { return };
+        let answer = match self.pool {
+            Server::Up | Server::Slow => Ok(Directory {
+                providers: self.peers.iter().map(|peer| peer.provider.clone()).collect(),
+                version: None,
+                expires_at: None,
+            }),
+            Server::Hostile => Err(failure("the list holds a key twice", Retry::Backoff)),
+            Server::Down | Server::Lost => Err(failure("the pool is unreachable", Retry::Backoff)),
+        };
+        self.tell(delay, Input::Listed(attempt, answer));
+    }
+
+    fn measure(&mut self, attempt: Attempt, providers: &[Provider]) {
+        let measurements: Vec<_> = providers
+            .iter()
+            .map(|provider| {
+                let answered = (0..3).filter(|_| self.passes(&provider.id)).count() >= 2;
+                let latency = self
+                    .peers
+                    .iter()
+                    .find(|peer| peer.provider.id == provider.id)
+                    .map(|peer| peer.latency);
+                Measurement {
+                    provider: provider.id.clone(),
+                    latency: latency.filter(|_| answered),
+                    method: if provider.probe.is_some() {
+                        ProbeMethod::Echo
+                    } else {
+                        ProbeMethod::Icmp
+                    },
+                }
+            })
+            .collect();
+        let delay = Duration::from_millis(self.rng.random_range(30..1_000));
+        self.tell(delay, Input::Probed(attempt, measurements));
+    }
+
+    fn verify(&mut self, attempt: Attempt) {
+        let Some(delay) = self.delay(self.payment) else { return };
+        let now = self.now().wall;
+        let until = now.checked_add(self.subscription_life).unwrap_or(now).as_second();
+        let verification = match self.payment {
+            Server::Up | Server::Slow => {
+                payment::judge(200, format!(r#"{{{PAID},"expires_at":{until}}}"#).as_bytes(), now)
+            }
+            Server::Hostile => payment::judge(200, br#"{"active":false}"#, now),
+            Server::Down | Server::Lost => payment::judge(502, b"bad gateway", now),
+        };
+        self.tell(delay, Input::Verified(attempt, verification));
+    }
+
+    fn approve(&mut self, attempt: Attempt, provider: &Provider, subscription: &Subscription) {
+        let Some(delay) = self.delay(self.pool) else { return };
+        let now = self.now().wall;
+        let until = now.checked_add(self.approval_life).unwrap_or(now);
+        let body = format!(r#"{{"address":"10.96.0.2/32","expires_at":"{until}"}}"#);
+        let Some(client_key) = self.key() else { return };
+        // A hostile pool answers for another provider than was asked.
+        let other = self
+            .peers
+            .iter()
+            .map(|peer| &peer.provider)
+            .find(|other| other.id != provider.id);
+        let answered = match self.pool {
+            Server::Hostile => other.unwrap_or(provider),
+            Server::Up | Server::Slow | Server::Down | Server::Lost => provider,
+        };
+        let asked = PoolRequest {
+            subscription,
+            provider: answered,
+            client_key: &client_key,
+            static_addresses: &[],
+            pool_key: None,
+            now,
+        };
+        let status = match self.pool {
+            Server::Up | Server::Slow | Server::Hostile if self.healed || self.rng.random_bool(0.9) => 200,
+            Server::Up | Server::Slow | Server::Hostile => 503,
+            Server::Down | Server::Lost => 502,
+        };
+        let answer = Approval::from_pool(&asked, status, body.as_bytes())
+            .map(Box::new)
+            .map_err(Failure::from);
+        self.tell(delay, Input::Approved(attempt, answer));
+    }
+
+    fn provision(&mut self, attempt: Attempt, subscription: &Subscription) {
+        let Some(delay) = self.delay(self.orchestrator) else {
+            return;
+        };
+        let now = self.now().wall;
+        let Some(client_key) = self.key() else { return };
+        let mut made = peer(100, &mut self.rng);
+        made.provider.id = match "made".parse() {
+            Ok(id) => id,
+            Err(_never) => return,
+        };
+        let policy = DirectoryPolicy {
+            own_keys: &[],
+            own_node: None,
+            private_endpoints: true,
+        };
+        let asked = ProvisionRequest {
+            subscription,
+            client_key: &client_key,
+            policy: &policy,
+            static_addresses: &[],
+            now,
+        };
+        let body = match self.orchestrator {
+            Server::Up | Server::Slow => format!(
+                r#"{{"id":"made","endpoint":"{}","public_key":"{}","address":"10.97.0.2/32"}}"#,
+                made.provider.endpoint, made.provider.public_key
+            ),
+            Server::Hostile => r#"{"id":"made","endpoint":"nowhere","public_key":"","address":"::/0"}"#.to_owned(),
+            Server::Down | Server::Lost => String::new(),
+        };
+        let answer = Approval::from_provision(&asked, body.as_bytes())
+            .map(Box::new)
+            .map_err(Failure::from);
+        if answer.is_ok() {
+            self.counts.provisions += 1;
+            self.peers.retain(|peer| peer.provider.id != made.provider.id);
+            self.peers.push(made);
+        }
+        self.tell(delay, Input::Provisioned(attempt, answer));
+    }
+
+    fn key(&mut self) -> Option<PublicKey> {
+        PublicKey::from_bytes(self.rng.random()).ok()
+    }
+
+    fn configure(&mut self, attempt: Attempt, approval: &Approval) {
+        let delay = Duration::from_millis(self.rng.random_range(5..60));
+        if !self.healed && self.rng.random_bool(0.05) {
+            return self.tell(
+                delay,
+                Input::TunnelConfigured(attempt, Err(failure("no /dev/net/tun", Retry::Now))),
+            );
+        }
+        let provider = approval.provider().id.clone();
+        self.device = Some(Device {
+            attempt,
+            provider,
+            traffic: Traffic::default(),
+            shaken: false,
+        });
+        self.tell(delay, Input::TunnelConfigured(attempt, Ok(())));
+        self.at(delay + Duration::from_millis(20), Event::Handshake(attempt, 0));
+    }
+
+    fn probe_tunnel(&mut self, attempt: Attempt) {
+        let Some(provider) = self
+            .device
+            .as_ref()
+            .filter(|d| d.attempt == attempt)
+            .map(|d| d.provider.clone())
+        else {
+            return;
+        };
+        let answered = self.passes(&provider);
+        if let Some(device) = self.device.as_mut() {
+            device.traffic.tx_bytes += 96;
+            device.traffic.rx_bytes += if answered { 96 } else { 0 };
+        }
+    }
+
+    fn mischief(&mut self) -> Result<(), Broken> {
+        let choice = self.rng.random_range(0..20);
+        match choice {
+            0 => self.pool = self.any_server(),
+            1 => self.payment = self.any_server(),
+            2 => self.orchestrator = self.any_server(),
+            3..=5 => self.disturb(),
+            6 => {
+                self.load = *[0, 0, 40, 5_000, 1_000_000]
+                    .get(self.rng.random_range(0..5))
+                    .unwrap_or(&0)
+            }
+            7..=9 => return self.feed(Input::Start(Choice::default())),
+            10 => {
+                let choice = self.any_choice();
+                return self.feed(Input::Start(choice));
+            }
+            11 => return self.feed(Input::Stop),
+            12 => return self.feed(Input::TokenChanged),
+            13 => return self.feed(Input::NetworkChanged),
+            14 => return self.reconfigure(),
+            15 => return self.break_device(),
+            16 => return self.feed(Input::FirewallFailed(failure("netlink says no", Retry::Backoff))),
+            17 => return self.restart(),
+            18 => {
+                let stale = Attempt(self.rng.random_range(0..4));
+                return self.feed(Input::Listed(stale, Ok(Directory::default())));
+            }
+            _ => (self.subscription_life, self.approval_life) = lives(&mut self.rng),
+        }
+        Ok(())
+    }
+
+    fn any_server(&mut self) -> Server {
+        match self.rng.random_range(0..8) {
+            0 => Server::Slow,
+            1 => Server::Down,
+            2 => Server::Hostile,
+            3 => Server::Lost,
+            _ => Server::Up,
+        }
+    }
+
+    fn disturb(&mut self) {
+        let index = self.rng.random_range(0..self.peers.len());
+        let outage = Duration::from_millis(self.rng.random_range(500..20_000));
+        let (kind, loss) = (self.rng.random_range(0..4), self.rng.random_range(0.0..0.6));
+        let until = self.time + outage;
+        let Some(peer) = self.peers.get_mut(index) else { return };
+        match kind {
+            0 => peer.dead = !peer.dead,
+            1 => peer.loss = loss,
+            _ => peer.silent_until = until,
+        }
+    }
+
+    fn any_choice(&mut self) -> Choice {
+        let index = self.rng.random_range(0..self.peers.len());
+        let id = self.peers.get(index).map(|peer| peer.provider.id.clone());
+        if self.rng.random() {
+            Choice {
+                only_ids: id.into_iter().collect(),
+                ..Choice::default()
+            }
+        } else {
+            Choice {
+                exclude_ids: id.into_iter().collect(),
+                ..Choice::default()
+            }
+        }
+    }
+
+    fn reconfigure(&mut self) -> Result<(), Broken> {
+        match self.rng.random_range(0..5) {
+            0 => self.config.kill_switch = !self.config.kill_switch,
+            1 => self.config.lockdown = !self.config.lockdown,
+            2 => self.config.fallback = !self.config.fallback,
+            3 => {
+                let missing = self.rng.random::<bool>().then(|| failure("no POOL_URL", Retry::Never));
+                self.config.not_configured = missing;
+            }
+            _ => self.config.choice = self.any_choice(),
+        }
+        self.feed(Input::ConfigChanged(Box::new(self.config.clone())))
+    }
+
+    fn break_device(&mut self) -> Result<(), Broken> {
+        match self.device.as_ref().map(|device| device.attempt) {
+            Some(attempt) => self.feed(Input::TunnelLost(
+                attempt,
+                failure("the interface was deleted", Retry::Now),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// The daemon dies and comes back: what was stored is all it knows, and nothing opened meanwhile.
+    fn restart(&mut self) -> Result<(), Broken> {
+        let status = self.session.status();
+        self.before = (self.before.0 + status.attempts, self.before.1 + status.switches);
+        self.counts.restarts += 1;
+        self.events
+            .retain(|_, event| matches!(event, Event::Mischief | Event::Heal));
+        self.device = None;
+        let now = self.now();
+        self.session = Session::new(self.config.clone(), self.rng.random(), self.stored, now);
+        self.watch = Watch::new(&self.config, &self.stored);
+        let first = self.watch.begin(&mut self.session, now)?;
+        self.carry_out(first);
+        Ok(())
+    }
+
+    /// All is well from now on, and the user says once more what is wanted.
+    fn heal(&mut self) -> Result<(), Broken> {
+        self.healed = true;
+        (self.pool, self.payment, self.orchestrator) = (Server::Up, Server::Up, Server::Up);
+        for peer in &mut self.peers {
+            (peer.dead, peer.loss, peer.silent_until) = (false, 0.0, Duration::ZERO);
+        }
+        self.load = 1_000;
+        self.approval_life = Duration::from_hours(1);
+        self.subscription_life = Duration::from_hours(2);
+        self.config.not_configured = None;
+        self.config.choice = Choice::default();
+        self.feed(Input::ConfigChanged(Box::new(self.config.clone())))?;
+        if self.rng.random_bool(0.8) {
+            self.feed(Input::Start(Choice::default()))
+        } else {
+            self.feed(Input::Stop)
+        }
+    }
+}
+
+fn failure(what: &str, retry: Retry) -> Failure {
+    Failure {
+        what: what.to_owned(),
+        how: "wait, this is a simulation".to_owned(),
+        retry,
+    }
+}
+
+fn lives(rng: &mut StdRng) -> (Duration, Duration) {
+    let seconds = |rng: &mut StdRng| Duration::from_secs(rng.random_range(5..300));
+    (seconds(rng), seconds(rng))
+}
+
+fn peer(n: u8, rng: &mut StdRng) -> Peer {
+    let address = [198, 51, 100, n];
+    let mut key = [n; 32];
+    // Never all zero, whatever n is.
+    key[31] = 1;
+    let provider = Provider {
+        id: match format!("provider-{n}").parse() {
+            Ok(id) => id,
+            Err(_never) => unreachable!("provider-N reads as an id"),
+        },
+        endpoint: SocketAddr::from((address, 51820)),
+        public_key: match PublicKey::from_bytes(key) {
+            Ok(key) => key,
+            Err(_never) => unreachable!("the key is not zero"),
+        },
+        allowed_ips: Vec::new(),
+        probe: rng.random_bool(0.7).then(|| SocketAddr::from((address, 51821))),
+        region: None,
+    };
+    Peer {
+        provider,
+        latency: Duration::from_millis(rng.random_range(5..200)),
+        loss: if rng.random_bool(0.3) { 0.02 } else { 0.0 },
+        silent_until: Duration::ZERO,
+        dead: rng.random_bool(0.15),
+    }
+}

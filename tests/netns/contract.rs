@@ -39,6 +39,7 @@ impl PlainPeer {
             listen_port: NODE_PORT,
             fwmark: 0,
             mtu_bytes: 1420,
+            offload: true,
             peers: vec![PeerConfig {
                 public_key: client,
                 endpoint: None,

@@ -75,10 +75,10 @@ struct Files {
     #[arg(long, default_value = "certs/dev-ca.crt")]
     ca: PathBuf,
     /// The pool's certificate.
-    #[arg(long, default_value = "certs/pool.crt")]
+    #[arg(long, default_value = "certs/server.crt")]
     certificate: PathBuf,
     /// Its private key.
-    #[arg(long, default_value = "certs/pool.key")]
+    #[arg(long, default_value = "certs/server.key")]
     key: PathBuf,
     /// Settings of the client.
     #[arg(long, default_value = ".env")]

@@ -233,6 +233,7 @@ fn datagrams_are_relayed_for_the_one_client_only() {
         let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let mut buffer = vec![0; 65_535];
         for destination in [v4(SERVER.octets(), 7), name("web.test", 7)] {
+            let source = format!("{NEAR} ");
             for size in [0, 1, 1_200] {
                 let payload = vec![b'x'; size];
                 client
@@ -241,12 +242,7 @@ fn datagrams_are_relayed_for_the_one_client_only() {
                     .unwrap();
                 let (length, from) = timeout(LIMIT, client.recv_from(&mut buffer)).await.unwrap().unwrap();
                 assert_eq!(from, relay);
-                let expected = [
-                    &[0, 0, 0][..],
-                    &v4(SERVER.octets(), 7),
-                    format!("{NEAR} ").as_bytes(),
-                    &payload,
-                ];
+                let expected = [&[0, 0, 0][..], &v4(SERVER.octets(), 7), source.as_bytes(), &payload];
                 assert_eq!(buffer[..length], expected.concat());
             }
         }

@@ -23,23 +23,44 @@ fn traffic_leaves_through_the_paid_provider_and_not_before_it_is_paid() -> Resul
     let world = World::build(&[8, 10, 13])?;
     // Not paid: Start is refused with what to do, and no tunnel comes.
     world.ask().start()?;
-    let refused = world.ask().wait_status("a problem", TIMEOUT, |status| status.problem.is_some())?;
+    let refused = world
+        .ask()
+        .wait_status("a problem", TIMEOUT, |status| status.problem.is_some())?;
     let problem = refused.problem.context("a problem")?;
     ensure!(problem.what.contains("token"), "{problem:?}");
-    ensure!(socks::connect(world.ask().namespace(), SOCKS5, Target::Address((WEB, 80).into()), TIMEOUT).is_err());
+    ensure!(
+        socks::connect(
+            world.ask().namespace(),
+            SOCKS5,
+            Target::Address((WEB, 80).into()),
+            TIMEOUT
+        )
+        .is_err()
+    );
     world.ask().stop()?;
 
     let status = world.pay_and_connect()?;
     ensure!(status.payment == PaymentStatus::Paid, "{status:?}");
-    ensure!(status.candidates.len() == 3, "three candidates are measured: {:?}", status.candidates);
+    ensure!(
+        status.candidates.len() == 3,
+        "three candidates are measured: {:?}",
+        status.candidates
+    );
     let (code, _) = world.ask().health()?;
     ensure!(code == 200, "/health is {code} while connected");
 
     // By name (resolved through the tunnel) and by address; the exit is the provider in use.
     let exit = world.ask().exit_address(TIMEOUT)?;
-    ensure!(exit == world.address_of(&status)?, "the web server saw {exit}, the status says {:?}", status.provider);
+    ensure!(
+        exit == world.address_of(&status)?,
+        "the web server saw {exit}, the status says {:?}",
+        status.provider
+    );
     let target = Target::Address((WEB, 80).into());
-    ensure!(world.ask().exit_address_to(target, TIMEOUT)? == exit, "another exit by address");
+    ensure!(
+        world.ask().exit_address_to(target, TIMEOUT)? == exit,
+        "another exit by address"
+    );
 
     // Ten megabytes arrive whole.
     let response = world.ask().fetch("/bytes/10000000", TIMEOUT)?;
@@ -49,7 +70,11 @@ fn traffic_leaves_through_the_paid_provider_and_not_before_it_is_paid() -> Resul
     // The provider's private network is nobody's business; the same host answers from the provider itself.
     let number = u8::try_from(world.provider_number(status.provider.context("a provider")?.id.as_str())?)?;
     let lan = SocketAddr::from((lan_host(number), 8080));
-    let machine = world.network.providers.get(usize::from(number)).context("the machine")?;
+    let machine = world
+        .network
+        .providers
+        .get(usize::from(number))
+        .context("the machine")?;
     let _listener = machine.lan.as_ref().context("its private network")?.listen(lan)?;
     machine.namespace.connect(lan, TIMEOUT)?;
     ensure!(
@@ -59,7 +84,10 @@ fn traffic_leaves_through_the_paid_provider_and_not_before_it_is_paid() -> Resul
 
     let status = world.ask().disconnect(CONNECT_PATIENCE)?;
     ensure!(status.state == StateName::Disconnected && !status.autostart);
-    ensure!(world.ask().exit_address(TIMEOUT).is_err(), "the proxy still carries after Stop");
+    ensure!(
+        world.ask().exit_address(TIMEOUT).is_err(),
+        "the proxy still carries after Stop"
+    );
     Ok(())
 }
 
@@ -88,14 +116,22 @@ fn faulty_paths(id: &str) -> NetworkConfig {
     let mut config = NetworkConfig::with_round_trips(id, &[8, 10, 13]);
     for path in &mut config.providers {
         // Half a millisecond each way makes one for the round trip; so does 1 % of loss make 2 %.
-        *path = Path { jitter: Jitter::Uniform(Duration::from_micros(500)), loss: 0.01, ..*path };
+        *path = Path {
+            jitter: Jitter::Uniform(Duration::from_micros(500)),
+            loss: 0.01,
+            ..*path
+        };
     }
     config
 }
 
 #[test]
 fn the_nearest_of_three_providers_is_taken_in_95_of_100_sessions_despite_jitter_and_loss() -> Result<()> {
-    let rounds: u32 = if std::env::var_os("DVPN_SOAK").is_some() { 1000 } else { 100 };
+    let rounds: u32 = if std::env::var_os("DVPN_SOAK").is_some() {
+        1000
+    } else {
+        100
+    };
     let world = World::build_with(&faulty_paths(&unique_id()), |environment| {
         // All three are sampled each time, so that the nearest is always among the candidates.
         environment.with("MESH_SAMPLE_SIZE", "3")
@@ -113,6 +149,9 @@ fn the_nearest_of_three_providers_is_taken_in_95_of_100_sessions_despite_jitter_
         }
         world.ask().disconnect(CONNECT_PATIENCE)?;
     }
-    ensure!(nearest * 100 >= rounds * 95, "the nearest in {nearest} of {rounds}; instead: {others:?}");
+    ensure!(
+        nearest * 100 >= rounds * 95,
+        "the nearest in {nearest} of {rounds}; instead: {others:?}"
+    );
     Ok(())
 }

@@ -49,7 +49,10 @@ impl PlainPeer {
         };
         // The runtime's threads are made inside the namespace and so stay in it.
         let (runtime, tunnel) = machine.namespace.run(|| -> Result<_> {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()?;
             let tunnel = runtime.block_on(UserspaceTunnel::create(config))?;
             Ok((runtime, tunnel))
         })??;
@@ -57,9 +60,17 @@ impl PlainPeer {
         machine.namespace.sysctl("ipv4/ip_forward", "1")?;
         machine.namespace.output("nft", &["add", "table", "ip", "plain"])?;
         let chain = "{ type nat hook postrouting priority srcnat; }";
-        machine.namespace.output("nft", &["add", "chain", "ip", "plain", "post", chain])?;
-        machine.namespace.output("nft", &["add", "rule", "ip", "plain", "post", "oifname", "eth0", "masquerade"])?;
-        Ok(Self { tunnel: Some(tunnel), runtime })
+        machine
+            .namespace
+            .output("nft", &["add", "chain", "ip", "plain", "post", chain])?;
+        machine.namespace.output(
+            "nft",
+            &["add", "rule", "ip", "plain", "post", "oifname", "eth0", "masquerade"],
+        )?;
+        Ok(Self {
+            tunnel: Some(tunnel),
+            runtime,
+        })
     }
 }
 
@@ -83,8 +94,10 @@ fn a_pool_and_a_provider_that_speak_only_the_plain_contract_carry_traffic() -> R
     let identity = authority.issue("pool", &[POOL.into()], &[])?;
     let _web = node::spawn_web(&network)?;
     let machine = network.providers.first().context("a provider")?;
-    let (provider_key, client_key) =
-        (PrivateKey::from_bytes(rand::random()), PrivateKey::from_bytes(rand::random()));
+    let (provider_key, client_key) = (
+        PrivateKey::from_bytes(rand::random()),
+        PrivateKey::from_bytes(rand::random()),
+    );
     let provider = PlainPeer::start(machine, &provider_key, public_key(&client_key)?)?;
 
     let pool = Counterpart::serve(&network.pool.namespace, SocketAddr::from((POOL, POOL_PORT)), &identity)?;
@@ -111,11 +124,20 @@ fn a_pool_and_a_provider_that_speak_only_the_plain_contract_carry_traffic() -> R
         .client
         .connect(CONNECT_PATIENCE)
         .with_context(|| format!("the client's log ends:\n{}", client.process.log_tail()))?;
-    ensure!(status.static_key, "the configured key is in use, and the status must say so");
+    ensure!(
+        status.static_key,
+        "the configured key is in use, and the status must say so"
+    );
     let methods: Vec<_> = status.candidates.iter().map(|candidate| candidate.method).collect();
-    ensure!(methods == [Some(ProbeMethod::Icmp)], "a provider without an echo is measured by ICMP: {methods:?}");
+    ensure!(
+        methods == [Some(ProbeMethod::Icmp)],
+        "a provider without an echo is measured by ICMP: {methods:?}"
+    );
     let exit = client.client.exit_address(Duration::from_secs(5))?;
-    ensure!(exit == machine.address, "the web server saw {exit} instead of the plain provider");
+    ensure!(
+        exit == machine.address,
+        "the web server saw {exit} instead of the plain provider"
+    );
 
     // What the pool was sent is the contract, letter for letter.
     let verify = pool.asked("POST", "/payment");
@@ -126,8 +148,16 @@ fn a_pool_and_a_provider_that_speak_only_the_plain_contract_carry_traffic() -> R
     });
     let first = json_body(verify.first().context("the payment server was not asked")?)?;
     ensure!(first == wanted, "verify: {first}");
-    let approve = json_body(pool.asked("POST", "/providers/approve").first().context("the pool was not asked")?)?;
-    for (field, value) in [("provider_id", json!("plain-provider")), ("token", json!(TOKEN)), ("approved", json!(true))] {
+    let approve = json_body(
+        pool.asked("POST", "/providers/approve")
+            .first()
+            .context("the pool was not asked")?,
+    )?;
+    for (field, value) in [
+        ("provider_id", json!("plain-provider")),
+        ("token", json!(TOKEN)),
+        ("approved", json!(true)),
+    ] {
         ensure!(approve.get(field) == Some(&value), "approve: {field} in {approve}");
     }
     drop((client, provider));

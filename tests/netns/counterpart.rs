@@ -38,7 +38,9 @@ impl Counterpart {
     pub(crate) fn serve(namespace: &Namespace, at: SocketAddr, identity: &Identity) -> Result<Self> {
         https::install_crypto();
         let listener = namespace.listen(at)?;
-        listener.set_nonblocking(true).context("making the listener non-blocking")?;
+        listener
+            .set_nonblocking(true)
+            .context("making the listener non-blocking")?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -47,12 +49,17 @@ impl Counterpart {
         let script = Arc::<Mutex<Script>>::default();
         let router = Router::new().fallback(answer).with_state(Arc::clone(&script));
         runtime.block_on(async {
-            let tls = RustlsConfig::from_pem_file(&identity.certificate, &identity.key).await.context("TLS files")?;
+            let tls = RustlsConfig::from_pem_file(&identity.certificate, &identity.key)
+                .await
+                .context("TLS files")?;
             let server = axum_server::from_tcp_rustls(listener, tls).context("making the server")?;
             tokio::spawn(async move { server.serve(router.into_make_service()).await });
             anyhow::Ok(())
         })?;
-        Ok(Self { script, _runtime: runtime })
+        Ok(Self {
+            script,
+            _runtime: runtime,
+        })
     }
 
     /// From now on this request gets this answer.
@@ -64,7 +71,12 @@ impl Counterpart {
     /// The bodies of all requests of this kind so far.
     pub(crate) fn asked(&self, method: &str, path: &str) -> Vec<Vec<u8>> {
         let wanted = (method.to_owned(), path.to_owned());
-        self.lock().asked.iter().filter(|(key, _)| *key == wanted).map(|(_, body)| body.clone()).collect()
+        self.lock()
+            .asked
+            .iter()
+            .filter(|(key, _)| *key == wanted)
+            .map(|(_, body)| body.clone())
+            .collect()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Script> {
@@ -74,7 +86,9 @@ impl Counterpart {
 
 async fn answer(State(script): State<Arc<Mutex<Script>>>, request: Request) -> Response {
     let key = (request.method().to_string(), request.uri().path().to_owned());
-    let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.unwrap_or_default();
+    let body = axum::body::to_bytes(request.into_body(), 1 << 20)
+        .await
+        .unwrap_or_default();
     let mut script = script.lock().unwrap_or_else(PoisonError::into_inner);
     let found = script.answers.get(&key).cloned();
     script.asked.push((key, body.to_vec()));

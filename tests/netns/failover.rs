@@ -22,12 +22,18 @@ fn wait_for_another(world: &World, old: &Status, from: Instant) -> Result<(Statu
     let left = FAILOVER.saturating_sub(from.elapsed());
     let status = world
         .ask()
-        .wait_status("another provider", left, |now| now.state == StateName::Connected && id(now) != id(old))
+        .wait_status("another provider", left, |now| {
+            now.state == StateName::Connected && id(now) != id(old)
+        })
         .with_context(|| format!("the client's log ends:\n{}", world.client.process.log_tail()))?;
     let (code, _) = world.ask().health()?;
     ensure!(code == 200, "/health is {code} with another provider");
     let exit = world.ask().exit_address(left)?;
-    ensure!(exit == world.address_of(&status)?, "the exit is {exit}, the status says {:?}", status.provider);
+    ensure!(
+        exit == world.address_of(&status)?,
+        "the exit is {exit}, the status says {:?}",
+        status.provider
+    );
     Ok((status, from.elapsed()))
 }
 
@@ -82,7 +88,12 @@ fn two_per_cent_of_loss_and_outages_of_three_seconds_cause_no_switch() -> Result
         let back = Instant::now() + Duration::from_secs(3);
         // Somebody goes on asking, as applications do.
         while Instant::now() < back {
-            drop(world.ask().exit_address(back.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))));
+            drop(
+                world.ask().exit_address(
+                    back.saturating_duration_since(Instant::now())
+                        .max(Duration::from_millis(1)),
+                ),
+            );
         }
         used.wire.set_outage(false);
         let calm = Instant::now() + Duration::from_secs(12);
@@ -93,7 +104,11 @@ fn two_per_cent_of_loss_and_outages_of_three_seconds_cause_no_switch() -> Result
         }
     }
     let after = world.ask().health()?.1;
-    ensure!(after.switches == 0 && after.attempts == before.attempts, "{} switches, {after:?}", after.switches);
+    ensure!(
+        after.switches == 0 && after.attempts == before.attempts,
+        "{} switches, {after:?}",
+        after.switches
+    );
     ensure!(fetched > 10, "only {fetched} answers");
     Ok(())
 }

@@ -17,7 +17,10 @@ fn after_kill_9_cleanup_leaves_the_machine_as_it_was() -> Result<()> {
     let bpf = network.bpf_directory(&network.client);
     world.pay_and_connect()?;
     let during = snapshot::take(&network.client.namespace, &bpf)?;
-    ensure!(during != world.client_before, "a session changes nothing that this test could see");
+    ensure!(
+        during != world.client_before,
+        "a session changes nothing that this test could see"
+    );
     ensure!(during.contains("dvpn0"), "no tunnel interface in:\n{during}");
     world.client.process.kill()?;
     Daemon::run(network, &network.client, &world.client.environment, &["--cleanup"])?;
@@ -35,7 +38,11 @@ fn after_kill_9_cleanup_leaves_the_machine_as_it_was() -> Result<()> {
     Daemon::run(network, machine, &daemon.environment, &["--cleanup"])?;
     let after = snapshot::take(&machine.namespace, &bpf)?;
     ensure!(!after.contains("dvpn"), "--cleanup left on the provider:\n{after}");
-    ensure!(!bpf.exists() || std::fs::read_dir(&bpf)?.next().is_none(), "programs are still pinned in {}", bpf.display());
+    ensure!(
+        !bpf.exists() || std::fs::read_dir(&bpf)?.next().is_none(),
+        "programs are still pinned in {}",
+        bpf.display()
+    );
     Ok(())
 }
 
@@ -46,7 +53,10 @@ fn the_daemon_executes_no_program() -> Result<()> {
     let trace = world.network.client.directory.join("strace");
     let wrap = |daemon: Command| {
         let mut strace = Command::new("strace");
-        strace.args(["-f", "-qq", "-e", "trace=execve,execveat", "-o"]).arg(&trace).arg(daemon.get_program());
+        strace
+            .args(["-f", "-qq", "-e", "trace=execve,execveat", "-o"])
+            .arg(&trace)
+            .arg(daemon.get_program());
         strace.env_clear();
         strace.envs(daemon.get_envs().filter_map(|(name, value)| Some((name, value?))));
         strace
@@ -61,7 +71,10 @@ fn the_daemon_executes_no_program() -> Result<()> {
         .args(["sh", "-c", "/bin/true; exit 0"])
         .status()
         .context("running strace: install it")?;
-    ensure!(shell.success() && executed(&planted)?.len() == 2, "strace does not see what a shell executes");
+    ensure!(
+        shell.success() && executed(&planted)?.len() == 2,
+        "strace does not see what a shell executes"
+    );
 
     // Field by field, because the old daemon's bus must be gone before the new one's takes its socket.
     let Daemon { process, .. } = &mut world.client;
@@ -75,7 +88,9 @@ fn the_daemon_executes_no_program() -> Result<()> {
     world.ask().bus().call("Exit", &[])?;
     world.client.process.wait_exit(Duration::from_secs(10))?;
     let seen = executed(&trace)?;
-    let [only] = seen.as_slice() else { anyhow::bail!("{NAME} executed programs:\n{}", seen.join("\n")) };
+    let [only] = seen.as_slice() else {
+        anyhow::bail!("{NAME} executed programs:\n{}", seen.join("\n"))
+    };
     ensure!(only.contains("dvpn-daemon"), "{only}");
     Ok(())
 }
@@ -83,14 +98,25 @@ fn the_daemon_executes_no_program() -> Result<()> {
 /// The lines of a trace that are successful calls.
 fn executed(trace: &PathBuf) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(trace).with_context(|| format!("reading {}", trace.display()))?;
-    Ok(text.lines().filter(|line| line.contains("exec") && line.ends_with("= 0")).map(str::to_owned).collect())
+    Ok(text
+        .lines()
+        .filter(|line| line.contains("exec") && line.ends_with("= 0"))
+        .map(str::to_owned)
+        .collect())
 }
 
 #[test]
-#[cfg_attr(debug_assertions, ignore = "memory and start are judged in an optimised build: --cargo-profile lab")]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "memory and start are judged in an optimised build: --cargo-profile lab"
+)]
 fn the_daemon_is_small_before_and_after_a_gigabyte_and_ready_at_once() -> Result<()> {
     let world = World::build(&[8])?;
-    ensure!(world.client.ready_after <= Duration::from_millis(200), "READY=1 after {:?}", world.client.ready_after);
+    ensure!(
+        world.client.ready_after <= Duration::from_millis(200),
+        "READY=1 after {:?}",
+        world.client.ready_after
+    );
     let idle = world.client.process.resident_kib()?;
     ensure!(idle <= 25 * 1024, "{idle} KiB before any traffic");
     world.pay_and_connect()?;

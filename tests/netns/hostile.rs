@@ -18,10 +18,15 @@ fn a_pool_that_turns_hostile_costs_no_tunnel_and_is_a_visible_problem() -> Resul
     let mut world = World::build(&[8, 10])?;
     let before = world.pay_and_connect()?;
     world.pool.kill()?;
-    let hostile =
-        Counterpart::serve(&world.network.pool.namespace, SocketAddr::from((POOL, POOL_PORT)), &world.identity)?;
+    let hostile = Counterpart::serve(
+        &world.network.pool.namespace,
+        SocketAddr::from((POOL, POOL_PORT)),
+        &world.identity,
+    )?;
     // One provider more than a list may have, all well formed.
-    let list: Vec<String> = (0..10_001).map(|n| format!(r#"{{"id":"evil-{n}","endpoint":"203.0.113.66:1","public_key":""}}"#)).collect();
+    let list: Vec<String> = (0..10_001)
+        .map(|n| format!(r#"{{"id":"evil-{n}","endpoint":"203.0.113.66:1","public_key":""}}"#))
+        .collect();
     hostile.answer("GET", "/providers", 200, format!("[{}]", list.join(",")));
 
     // The tunnel does not care.
@@ -36,10 +41,15 @@ fn a_pool_that_turns_hostile_costs_no_tunnel_and_is_a_visible_problem() -> Resul
     wait_for("a question for the list", Duration::from_secs(20), || {
         Ok(Some(()).filter(|()| !hostile.asked("GET", "/providers").is_empty()))
     })?;
-    let status = world.ask().wait_status("a problem", Duration::from_secs(10), |status| status.problem.is_some())?;
+    let status = world
+        .ask()
+        .wait_status("a problem", Duration::from_secs(10), |status| status.problem.is_some())?;
     let problem = status.problem.context("a problem")?;
     ensure!(!problem.how.is_empty() && problem.what.contains("10"), "{problem:?}");
-    let answered = status.candidates.iter().any(|candidate| candidate.id.as_str().starts_with("evil"));
+    let answered = status
+        .candidates
+        .iter()
+        .any(|candidate| candidate.id.as_str().starts_with("evil"));
     ensure!(!answered, "candidates of a refused list: {:?}", status.candidates);
 
     // The real pool comes back, and so does the client, by itself.

@@ -55,7 +55,11 @@ fn wires_keep_their_delay_to_a_fraction_of_a_millisecond() -> Result<()> {
     for (provider, wanted) in network.providers.iter().zip([8.0, 10.0, 13.0]) {
         let to = echo(provider.namespace.udp(provider.address.into())?)?;
         let seen = round_trips(&client, to, 51, Duration::from_secs(1))?;
-        ensure!(seen.len() == 51, "{} of 51 came back over a wire without loss", seen.len());
+        ensure!(
+            seen.len() == 51,
+            "{} of 51 came back over a wire without loss",
+            seen.len()
+        );
         // A round trip crosses wires four times, each within 0.2 ms. The best quarter is judged: a busy machine wakes
         // the two ends late, which is none of the wire's doing.
         let (least, quarter) = (seen[0].as_secs_f64() * 1e3, seen[12].as_secs_f64() * 1e3);
@@ -79,21 +83,40 @@ fn wires_lose_jitter_and_go_dark_as_told() -> Result<()> {
     round_trips(&client, to, 1, Duration::from_secs(1))?;
 
     let jitter = Jitter::Uniform(Duration::from_millis(1));
-    provider.wire.set_path(Path { jitter, ..provider.wire.path() });
+    provider.wire.set_path(Path {
+        jitter,
+        ..provider.wire.path()
+    });
     let seen = round_trips(&client, to, 100, Duration::from_secs(1))?;
     let spread = seen[seen.len() - 1] - seen[0];
-    ensure!(spread > Duration::from_millis(1), "a jitter of ± 1 ms each way spread only {spread:?}");
+    ensure!(
+        spread > Duration::from_millis(1),
+        "a jitter of ± 1 ms each way spread only {spread:?}"
+    );
 
-    provider.wire.set_path(Path { loss: 0.2, jitter: Jitter::None, ..provider.wire.path() });
+    provider.wire.set_path(Path {
+        loss: 0.2,
+        jitter: Jitter::None,
+        ..provider.wire.path()
+    });
     let passed = round_trips(&client, to, 200, Duration::from_millis(20))?.len();
     // 0.8 × 0.8 of 200 is 128; five standard deviations are 34.
-    ensure!((94..=162).contains(&passed), "{passed} of 200 round trips at 20 % loss each way");
+    ensure!(
+        (94..=162).contains(&passed),
+        "{passed} of 200 round trips at 20 % loss each way"
+    );
 
     provider.wire.set_path(Path::round_trip(Duration::from_millis(4)));
     provider.wire.set_outage(true);
-    ensure!(round_trips(&client, to, 5, Duration::from_millis(50))?.is_empty(), "an outage let something through");
+    ensure!(
+        round_trips(&client, to, 5, Duration::from_millis(50))?.is_empty(),
+        "an outage let something through"
+    );
     provider.wire.set_outage(false);
-    ensure!(round_trips(&client, to, 5, Duration::from_secs(1))?.len() == 5, "the wire did not come back");
+    ensure!(
+        round_trips(&client, to, 5, Duration::from_secs(1))?.len() == 5,
+        "the wire did not come back"
+    );
     Ok(())
 }
 
@@ -108,9 +131,15 @@ fn only_providers_reach_the_web_server_and_a_capture_sees_who_tries() -> Result<
     let capture = Capture::start(&network.client.namespace, "eth0", |frame| {
         Packet::in_frame(frame).is_some_and(|packet| packet.destination == WEB)
     })?;
-    ensure!(network.client.namespace.connect(at, Duration::from_secs(1)).is_err(), "the client reached the web server");
+    ensure!(
+        network.client.namespace.connect(at, Duration::from_secs(1)).is_err(),
+        "the client reached the web server"
+    );
     capture.wait_for_more(0, Duration::from_secs(2))?;
-    ensure!(network.pool.namespace.connect(at, Duration::from_secs(1)).is_err(), "the pool reached the web server");
+    ensure!(
+        network.pool.namespace.connect(at, Duration::from_secs(1)).is_err(),
+        "the pool reached the web server"
+    );
     Ok(())
 }
 
@@ -120,9 +149,16 @@ fn a_network_that_is_dropped_leaves_nothing() -> Result<()> {
     let network = Network::build(&NetworkConfig::with_round_trips(&id, &[2]))?;
     let prefix = format!("{PREFIX}{id}-");
     ensure!(namespace::names(&prefix).len() == 6, "{:?}", namespace::names(&prefix));
-    let _somebody = network.client.namespace.listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let _somebody = network
+        .client
+        .namespace
+        .listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
     drop(network);
-    ensure!(namespace::names(&prefix).is_empty(), "{:?} are left", namespace::names(&prefix));
+    ensure!(
+        namespace::names(&prefix).is_empty(),
+        "{:?} are left",
+        namespace::names(&prefix)
+    );
     ensure!(!std::path::Path::new(ROOT).join(&id).exists(), "{ROOT}/{id} is left");
     let mounts = std::fs::read_to_string("/proc/self/mounts")?;
     ensure!(!mounts.contains(&id), "a mount is left:\n{mounts}");

@@ -18,12 +18,21 @@ const TIMEOUT: Duration = Duration::from_millis(700);
 
 /// Every IPv4 packet of the client's uplink that is not between it and the pool or a provider.
 fn watch(world: &World) -> Result<Capture> {
-    let mut allowed: Vec<Ipv4Addr> = world.network.providers.iter().map(|provider| provider.address).collect();
+    let mut allowed: Vec<Ipv4Addr> = world
+        .network
+        .providers
+        .iter()
+        .map(|provider| provider.address)
+        .collect();
     allowed.push(POOL);
     let mine = world.network.client.address;
     Capture::start(&world.network.client.namespace, "eth0", move |frame| {
         Packet::in_frame(frame).is_some_and(|packet| {
-            let other = if packet.source == mine { packet.destination } else { packet.source };
+            let other = if packet.source == mine {
+                packet.destination
+            } else {
+                packet.source
+            };
             !allowed.contains(&other)
         })
     })
@@ -40,10 +49,14 @@ fn plant(world: &World, capture: &Capture) -> Result<()> {
 
 /// Asks the proxy in every way it knows; true if one of them was served.
 fn asks_anything(world: &World) -> bool {
-    let targets =
-        [Target::Name(WEB_NAME, 80), Target::Address((WEB, 80).into()), Target::Name("some-other-name.test", 443)];
-    let connected =
-        targets.map(|target| socks::connect(world.ask().namespace(), SOCKS5, target, TIMEOUT).is_ok()).contains(&true);
+    let targets = [
+        Target::Name(WEB_NAME, 80),
+        Target::Address((WEB, 80).into()),
+        Target::Name("some-other-name.test", 443),
+    ];
+    let connected = targets
+        .map(|target| socks::connect(world.ask().namespace(), SOCKS5, target, TIMEOUT).is_ok())
+        .contains(&true);
     let echoed = || -> Result<bool> {
         let (_control, relay) = socks::associate(world.ask().namespace(), SOCKS5, TIMEOUT)?;
         let socket = world.ask().namespace().udp(Ipv4Addr::LOCALHOST.into())?;
@@ -78,7 +91,12 @@ fn without_a_tunnel_the_proxy_refuses_and_no_packet_passes_outside_of_one() -> R
     // After Stop.
     world.ask().disconnect(CONNECT_PATIENCE)?;
     ensure!(!asks_anything(&world), "the proxy serves after Stop");
-    ensure!(capture.matched() == 0, "{} packets leaked: {:?}", capture.matched(), capture.samples());
+    ensure!(
+        capture.matched() == 0,
+        "{} packets leaked: {:?}",
+        capture.matched(),
+        capture.samples()
+    );
     ensure!(capture.seen() > 0, "the capture saw nothing at all");
 
     // The same capture, to the end, would have seen it.

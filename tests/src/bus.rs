@@ -29,7 +29,8 @@ const SOCKET: &str = "bus.socket";
 /// The policy file of the package, as it is in the source tree.
 pub fn shipped_policy() -> Result<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../systemd/org.dvpn.Daemon1.conf");
-    path.canonicalize().context("systemd/org.dvpn.Daemon1.conf is missing from the source tree")
+    path.canonicalize()
+        .context("systemd/org.dvpn.Daemon1.conf is missing from the source tree")
 }
 
 impl Bus {
@@ -62,15 +63,25 @@ impl Bus {
         );
         std::fs::write(&config, text).with_context(|| format!("writing {}", config.display()))?;
         let mut command = Command::new("dbus-daemon");
-        command.arg("--nofork").arg("--nopidfile").arg(format!("--config-file={}", config.display()));
+        command
+            .arg("--nofork")
+            .arg("--nopidfile")
+            .arg(format!("--config-file={}", config.display()));
         let log = directory.join("bus.log");
-        let surroundings = Surroundings { namespace, log: &log, resolv_conf: None };
+        let surroundings = Surroundings {
+            namespace,
+            log: &log,
+            resolv_conf: None,
+        };
         let mut daemon = Process::spawn("dbus-daemon", command, &surroundings).context("install dbus-daemon")?;
         wait_for("the D-Bus socket", Duration::from_secs(5), || {
             daemon.check_running()?;
             Ok(std::os::unix::net::UnixStream::connect(&socket).ok())
         })?;
-        Ok(Self { address: BusAddress(address), _daemon: daemon })
+        Ok(Self {
+            address: BusAddress(address),
+            _daemon: daemon,
+        })
     }
 
     /// Where it listens.
@@ -118,7 +129,12 @@ impl BusAddress {
         if !output.status.success() {
             bail!("busctl {}: {}", arguments.join(" "), error.trim());
         }
-        ensure!(error.trim().is_empty(), "busctl {} complained: {}", arguments.join(" "), error.trim());
+        ensure!(
+            error.trim().is_empty(),
+            "busctl {} complained: {}",
+            arguments.join(" "),
+            error.trim()
+        );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 }

@@ -37,7 +37,11 @@ impl Packet {
     /// Reads an Ethernet frame with IPv4 in it.
     pub fn in_frame(frame: &[u8]) -> Option<Self> {
         let (header, packet) = frame.split_at_checked(14)?;
-        if header.get(12..14)? == [0x08, 0x00] { Self::read(packet) } else { None }
+        if header.get(12..14)? == [0x08, 0x00] {
+            Self::read(packet)
+        } else {
+            None
+        }
     }
 
     /// Reads an IPv4 packet.
@@ -50,7 +54,10 @@ impl Packet {
         let protocol = *packet.get(9)?;
         let ports = packet.get(usize::from(first & 0x0f) * 4..).unwrap_or_default();
         let port = |at: usize| match protocol {
-            6 | 17 => ports.get(at..).and_then(|rest| rest.first_chunk::<2>()).map_or(0, |b| u16::from_be_bytes(*b)),
+            6 | 17 => ports
+                .get(at..)
+                .and_then(|rest| rest.first_chunk::<2>())
+                .map_or(0, |b| u16::from_be_bytes(*b)),
             _ => 0,
         };
         Some(Self {
@@ -84,11 +91,17 @@ impl Capture {
         predicate: impl Fn(&[u8]) -> bool + Send + 'static,
     ) -> Result<Self> {
         let socket = namespace.run(|| -> Result<File> {
-            let index = nix::net::if_::if_nametoindex(interface).with_context(|| format!("no interface {interface}"))?;
-            Ok(sys::packet_socket(index).context("opening a packet socket: this needs root")?.into())
+            let index =
+                nix::net::if_::if_nametoindex(interface).with_context(|| format!("no interface {interface}"))?;
+            Ok(sys::packet_socket(index)
+                .context("opening a packet socket: this needs root")?
+                .into())
         })??;
-        let shared =
-            Arc::new(Shared { seen: AtomicU64::new(0), matched: AtomicU64::new(0), samples: Mutex::default() });
+        let shared = Arc::new(Shared {
+            seen: AtomicU64::new(0),
+            matched: AtomicU64::new(0),
+            samples: Mutex::default(),
+        });
         let (wake, woken) = UnixStream::pair().context("making the capture's wake-up pipe")?;
         let thread = std::thread::Builder::new()
             .name("capture".into())
@@ -97,7 +110,11 @@ impl Capture {
                 move || read_frames(&socket, &woken, &shared, &predicate)
             })
             .context("starting the capture's thread")?;
-        Ok(Self { shared, wake, thread: Some(thread) })
+        Ok(Self {
+            shared,
+            wake,
+            thread: Some(thread),
+        })
     }
 
     /// Frames seen so far, matching or not.
@@ -112,12 +129,18 @@ impl Capture {
 
     /// The first matching frames, for messages.
     pub fn samples(&self) -> Vec<String> {
-        self.shared.samples.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shared
+            .samples
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Waits until more than `than` frames have matched.
     pub fn wait_for_more(&self, than: u64, patience: Duration) -> Result<u64> {
-        wait_for("a matching packet", patience, || Ok(Some(self.matched()).filter(|matched| *matched > than)))
+        wait_for("a matching packet", patience, || {
+            Ok(Some(self.matched()).filter(|matched| *matched > than))
+        })
     }
 }
 
@@ -169,7 +192,10 @@ mod tests {
         frame[14 + 16..14 + 20].copy_from_slice(&[10, 0, 0, 2]);
         frame[34..38].copy_from_slice(&[0x12, 0x34, 0x00, 0x35]);
         let packet = Packet::in_frame(&frame).unwrap();
-        assert_eq!((packet.source_port, packet.destination_port, packet.protocol), (0x1234, 53, 17));
+        assert_eq!(
+            (packet.source_port, packet.destination_port, packet.protocol),
+            (0x1234, 53, 17)
+        );
         assert_eq!(packet.destination, Ipv4Addr::new(10, 0, 0, 2));
         for length in 0..30 {
             assert_eq!(Packet::in_frame(&frame[..length]), None, "{length}");

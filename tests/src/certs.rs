@@ -26,12 +26,33 @@ impl Authority {
     /// Makes an authority; the directory is made when it is not there.
     pub fn create(directory: &Path) -> Result<Self> {
         std::fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
-        let authority = Self { directory: directory.to_owned() };
-        openssl(&authority.directory, &[
-            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-            "-subj", "/CN=DVPN test authority", "-keyout", "ca.key", "-out", "ca.crt",
-            "-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,cRLSign",
-        ])?;
+        let authority = Self {
+            directory: directory.to_owned(),
+        };
+        openssl(
+            &authority.directory,
+            &[
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=DVPN test authority",
+                "-keyout",
+                "ca.key",
+                "-out",
+                "ca.crt",
+                "-addext",
+                "basicConstraints=critical,CA:TRUE",
+                "-addext",
+                "keyUsage=critical,keyCertSign,cRLSign",
+            ],
+        )?;
         Ok(authority)
     }
 
@@ -48,13 +69,40 @@ impl Authority {
             .chain(names.iter().map(|name| format!("DNS:{name}")))
             .collect();
         let (key, certificate) = (format!("{name}.key"), format!("{name}.crt"));
-        openssl(&self.directory, &[
-            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-            "-subj", &format!("/CN={name}"), "-keyout", &key, "-out", &certificate, "-CA", "ca.crt",
-            "-CAkey", "ca.key", "-addext", &format!("subjectAltName={}", subjects.join(",")),
-            "-addext", "basicConstraints=critical,CA:FALSE", "-addext", "extendedKeyUsage=serverAuth",
-        ])?;
-        Ok(Identity { certificate: self.directory.join(certificate), key: self.directory.join(key) })
+        openssl(
+            &self.directory,
+            &[
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                &format!("/CN={name}"),
+                "-keyout",
+                &key,
+                "-out",
+                &certificate,
+                "-CA",
+                "ca.crt",
+                "-CAkey",
+                "ca.key",
+                "-addext",
+                &format!("subjectAltName={}", subjects.join(",")),
+                "-addext",
+                "basicConstraints=critical,CA:FALSE",
+                "-addext",
+                "extendedKeyUsage=serverAuth",
+            ],
+        )?;
+        Ok(Identity {
+            certificate: self.directory.join(certificate),
+            key: self.directory.join(key),
+        })
     }
 }
 
@@ -66,6 +114,11 @@ fn openssl(directory: &Path, arguments: &[&str]) -> Result<()> {
         .output()
         .context("running openssl: install it")?;
     let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "openssl {} failed: {}", arguments.join(" "), error.trim());
+    ensure!(
+        output.status.success(),
+        "openssl {} failed: {}",
+        arguments.join(" "),
+        error.trim()
+    );
     Ok(())
 }

@@ -32,7 +32,10 @@ pub struct Client {
 impl Client {
     /// For the daemon in the namespace of this name and on this bus.
     pub fn new(namespace: &str, bus: BusAddress) -> Result<Self> {
-        Ok(Self { namespace: Namespace::open(namespace)?, bus })
+        Ok(Self {
+            namespace: Namespace::open(namespace)?,
+            bus,
+        })
     }
 
     /// Where it lives.
@@ -63,7 +66,9 @@ impl Client {
     pub fn wait_status(&self, what: &str, patience: Duration, wanted: impl Fn(&Status) -> bool) -> Result<Status> {
         let mut last = None;
         let waited = wait_for(what, patience, || {
-            let Ok((_, status)) = self.health() else { return Ok(None) };
+            let Ok((_, status)) = self.health() else {
+                return Ok(None);
+            };
             if wanted(&status) {
                 return Ok(Some(status));
             }
@@ -84,7 +89,9 @@ impl Client {
 
     /// Waits for a state.
     pub fn wait_state(&self, state: StateName, patience: Duration) -> Result<Status> {
-        self.wait_status(&format!("the state {}", state.as_str()), patience, |status| status.state == state)
+        self.wait_status(&format!("the state {}", state.as_str()), patience, |status| {
+            status.state == state
+        })
     }
 
     /// D-Bus `Start`.
@@ -112,8 +119,11 @@ impl Client {
     /// D-Bus `Payments`: the open checkout's id.
     pub fn begin_checkout(&self) -> Result<String> {
         let reply = self.bus.call("Payments", &[])?;
-        let id = reply.pointer("/data/0/session_id/data").and_then(serde_json::Value::as_str);
-        id.map(str::to_owned).with_context(|| format!("Payments answered without a session_id: {reply}"))
+        let id = reply
+            .pointer("/data/0/session_id/data")
+            .and_then(serde_json::Value::as_str);
+        id.map(str::to_owned)
+            .with_context(|| format!("Payments answered without a session_id: {reply}"))
     }
 
     /// A page of the web server through the proxy, by name.
@@ -135,7 +145,9 @@ impl Client {
         stream.set_read_timeout(Some(timeout)).context("setting a timeout")?;
         let (status, text) = http::get_text(stream, WEB_NAME, "/")?;
         ensure!(status == 200, "the web server answered {status}: {text:?}");
-        text.trim().parse().with_context(|| format!("the web server answered {text:?}"))
+        text.trim()
+            .parse()
+            .with_context(|| format!("the web server answered {text:?}"))
     }
 
     /// Fails unless the web server is out of reach without the tunnel: the ground under every other claim.

@@ -22,12 +22,18 @@ impl Read for Response {
 
 /// Sends a GET and reads the head of the answer. The server is asked to close the connection after it.
 pub fn get(mut stream: TcpStream, host: &str, path: &str) -> Result<Response> {
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").context("sending a request")?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    )
+    .context("sending a request")?;
     let mut body = BufReader::with_capacity(64 * 1024, stream);
     let mut line = String::new();
     body.read_line(&mut line).context("reading the status line")?;
     let status = line.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let Some(status) = status else { bail!("no HTTP status in {line:?}") };
+    let Some(status) = status else {
+        bail!("no HTTP status in {line:?}")
+    };
     let mut length = None;
     loop {
         line.clear();
@@ -51,6 +57,9 @@ pub fn get_text(stream: TcpStream, host: &str, path: &str) -> Result<(u16, Strin
     let status = response.status;
     let limit = response.length.unwrap_or(1 << 20).min(1 << 20);
     let mut text = String::new();
-    response.take(limit).read_to_string(&mut text).context("reading the answer")?;
+    response
+        .take(limit)
+        .read_to_string(&mut text)
+        .context("reading the answer")?;
     Ok((status, text))
 }

@@ -19,7 +19,10 @@ pub fn request(namespace: &Namespace, ca: &Path, url: &str, body: Option<&Value>
     let pem = std::fs::read(ca).with_context(|| format!("reading {}", ca.display()))?;
     namespace.run(|| {
         let certificate = reqwest::Certificate::from_pem(&pem).with_context(|| format!("reading {}", ca.display()))?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("a runtime")?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("a runtime")?;
         runtime.block_on(async {
             let client = reqwest::Client::builder()
                 .tls_certs_only([certificate])
@@ -33,7 +36,10 @@ pub fn request(namespace: &Namespace, ca: &Path, url: &str, body: Option<&Value>
             };
             let response = request.send().await.with_context(|| format!("asking {url}"))?;
             let status = response.status().as_u16();
-            let text = response.text().await.with_context(|| format!("reading the answer of {url}"))?;
+            let text = response
+                .text()
+                .await
+                .with_context(|| format!("reading the answer of {url}"))?;
             Ok((status, text))
         })
     })?

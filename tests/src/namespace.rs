@@ -37,7 +37,11 @@ impl Namespace {
         let path = Path::new(DIRECTORY).join(name);
         let file = File::open(&path)
             .with_context(|| format!("opening the network namespace {name}: `ip netns list` shows which exist"))?;
-        Ok(Self { name: name.to_owned(), file, ours: false })
+        Ok(Self {
+            name: name.to_owned(),
+            file,
+            ours: false,
+        })
     }
 
     /// Its name.
@@ -75,7 +79,12 @@ impl Namespace {
         }
         let output = child.wait_with_output().context("waiting for ip")?;
         let error = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "ip in {} refused: {}\n{commands}", self.name, error.trim());
+        ensure!(
+            output.status.success(),
+            "ip in {} refused: {}\n{commands}",
+            self.name,
+            error.trim()
+        );
         Ok(())
     }
 
@@ -85,14 +94,20 @@ impl Namespace {
             .run(|| Command::new(program).args(arguments).stdin(Stdio::null()).output())?
             .with_context(|| format!("running {program}"))?;
         let error = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{program} {} failed: {}", arguments.join(" "), error.trim());
+        ensure!(
+            output.status.success(),
+            "{program} {} failed: {}",
+            arguments.join(" "),
+            error.trim()
+        );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Sets a value under /proc/sys/net of this namespace.
     pub fn sysctl(&self, path: &str, value: &str) -> Result<()> {
         let file = format!("/proc/sys/net/{path}");
-        self.run(|| std::fs::write(&file, value))?.with_context(|| format!("writing {value} to {file}"))
+        self.run(|| std::fs::write(&file, value))?
+            .with_context(|| format!("writing {value} to {file}"))
     }
 
     /// A TCP connection from inside.
@@ -103,18 +118,22 @@ impl Namespace {
 
     /// A TCP listener inside.
     pub fn listen(&self, at: SocketAddr) -> Result<TcpListener> {
-        self.run(|| TcpListener::bind(at))?.with_context(|| format!("listening in {} at {at}", self.name))
+        self.run(|| TcpListener::bind(at))?
+            .with_context(|| format!("listening in {} at {at}", self.name))
     }
 
     /// A UDP socket inside.
     pub fn udp(&self, at: IpAddr) -> Result<UdpSocket> {
-        self.run(|| UdpSocket::bind((at, 0)))?.with_context(|| format!("binding UDP in {} at {at}", self.name))
+        self.run(|| UdpSocket::bind((at, 0)))?
+            .with_context(|| format!("binding UDP in {} at {at}", self.name))
     }
 }
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        if self.ours && let Err(error) = ip(&["netns", "del", &self.name]) {
+        if self.ours
+            && let Err(error) = ip(&["netns", "del", &self.name])
+        {
             tracing::error!("{error:#}; remove it by hand: ip netns del {}", self.name);
         }
     }
@@ -122,15 +141,25 @@ impl Drop for Namespace {
 
 /// Runs ip(8) outside of any namespace of ours.
 pub fn ip(arguments: &[&str]) -> Result<()> {
-    let output = Command::new("ip").args(arguments).output().context("running ip: install iproute2")?;
+    let output = Command::new("ip")
+        .args(arguments)
+        .output()
+        .context("running ip: install iproute2")?;
     let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "ip {} failed: {}", arguments.join(" "), error.trim());
+    ensure!(
+        output.status.success(),
+        "ip {} failed: {}",
+        arguments.join(" "),
+        error.trim()
+    );
     Ok(())
 }
 
 /// The names of all namespaces whose name begins with `prefix`.
 pub fn names(prefix: &str) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(DIRECTORY) else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir(DIRECTORY) else {
+        return Vec::new();
+    };
     let mut names: Vec<String> = entries
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .filter(|name| name.starts_with(prefix))

@@ -69,8 +69,17 @@ pub struct NetworkConfig {
 impl NetworkConfig {
     /// Providers at these round-trip times from the client, and no other fault.
     pub fn with_round_trips(id: &str, millis: &[u64]) -> Self {
-        let providers = millis.iter().map(|ms| Path::round_trip(Duration::from_millis(*ms))).collect();
-        Self { id: id.to_owned(), providers, client: Path::default(), pool: Path::default(), seed: 1 }
+        let providers = millis
+            .iter()
+            .map(|ms| Path::round_trip(Duration::from_millis(*ms)))
+            .collect();
+        Self {
+            id: id.to_owned(),
+            providers,
+            client: Path::default(),
+            pool: Path::default(),
+            seed: 1,
+        }
     }
 }
 
@@ -116,12 +125,16 @@ impl Network {
         let owner = sweep::claim(&directory)?;
         let name = |part: &str| format!("{PREFIX}{}-{part}", config.id);
         let internet = Namespace::create(&name("internet"))?;
-        internet.ip(&format!("link add br0 type bridge\naddr add {ROUTER}/24 dev br0\nlink set br0 up"))?;
+        internet.ip(&format!(
+            "link add br0 type bridge\naddr add {ROUTER}/24 dev br0\nlink set br0 up"
+        ))?;
         internet.sysctl("ipv4/ip_forward", "1")?;
         let web = Namespace::create(&name("web"))?;
         link(&internet, "beyond", &web, "eth0")?;
         internet.ip(&format!("addr add {WEB_ROUTER}/24 dev beyond"))?;
-        web.ip(&format!("addr add {WEB}/24 dev eth0\nroute add default via {WEB_ROUTER}"))?;
+        web.ip(&format!(
+            "addr add {WEB}/24 dev eth0\nroute add default via {WEB_ROUTER}"
+        ))?;
         // Only providers' addresses are routed to the web server; the rule after them turns everybody else away.
         internet.ip("rule add pref 900 iif br0 unreachable")?;
 
@@ -129,18 +142,33 @@ impl Network {
             let namespace = Namespace::create(&name(part))?;
             let port = format!("to-{part}");
             let (inside, outside) = (
-                End { namespace: &namespace, interface: "eth0" },
-                End { namespace: &internet, interface: &port },
+                End {
+                    namespace: &namespace,
+                    interface: "eth0",
+                },
+                End {
+                    namespace: &internet,
+                    interface: &port,
+                },
             );
             let wire = Wire::connect(inside, outside, path, seed)?;
             namespace.ip(&format!(
                 "link set eth0 txqueuelen 4000\nlink set eth0 up\naddr add {address}/24 dev eth0\n\
                  route add default via {ROUTER}"
             ))?;
-            internet.ip(&format!("link set {port} txqueuelen 4000\nlink set {port} master br0\nlink set {port} up"))?;
+            internet.ip(&format!(
+                "link set {port} txqueuelen 4000\nlink set {port} master br0\nlink set {port} up"
+            ))?;
             let directory = directory.join(part);
             std::fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
-            Ok(Machine { name: part.to_owned(), address, wire, namespace, directory, lan: None })
+            Ok(Machine {
+                name: part.to_owned(),
+                address,
+                wire,
+                namespace,
+                directory,
+                lan: None,
+            })
         };
         let seed = config.seed.wrapping_mul(1000);
         let pool = machine("pool", POOL, config.pool, seed)?;
@@ -158,7 +186,16 @@ impl Network {
         std::fs::create_dir_all(&bpf).with_context(|| format!("making {}", bpf.display()))?;
         mount(Some("bpf"), &bpf, Some("bpf"), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("mounting a BPF file system at {}", bpf.display()))?;
-        Ok(Self { client, pool, providers, web, internet, directory, bpf, _owner: owner })
+        Ok(Self {
+            client,
+            pool,
+            providers,
+            web,
+            internet,
+            directory,
+            bpf,
+            _owner: owner,
+        })
     }
 
     /// A BPF file system of this network's own, one directory a machine.
@@ -170,7 +207,11 @@ impl Network {
 impl Drop for Network {
     fn drop(&mut self) {
         // Nearly all processes have ended with their handles; a traced or forgotten one has not.
-        let id = self.directory.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let id = self
+            .directory
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
         if let Err(error) = sweep::end_processes(&namespace::names(&format!("{PREFIX}{id}-"))) {
             tracing::error!("{error:#}");
         }
@@ -209,7 +250,19 @@ fn private_network(provider: &Machine, name: &str, number: u8) -> Result<Namespa
 /// Joins two namespaces by a veth pair, both ends up.
 fn link(a: &Namespace, a_end: &str, b: &Namespace, b_end: &str) -> Result<()> {
     namespace::ip(&[
-        "link", "add", "name", a_end, "netns", a.name(), "type", "veth", "peer", "name", b_end, "netns", b.name(),
+        "link",
+        "add",
+        "name",
+        a_end,
+        "netns",
+        a.name(),
+        "type",
+        "veth",
+        "peer",
+        "name",
+        b_end,
+        "netns",
+        b.name(),
     ])?;
     a.ip(&format!("link set {a_end} up"))?;
     b.ip(&format!("link set {b_end} up"))

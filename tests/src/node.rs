@@ -72,7 +72,11 @@ pub fn spawn_web(network: &Network) -> Result<Process> {
     let mut command = Command::new(program("dvpn-lab")?);
     command.args(["web", "--address", &WEB.to_string(), "--name", WEB_NAME]);
     let log = network.directory.join("web.log");
-    let surroundings = Surroundings { namespace: &network.web, log: &log, resolv_conf: None };
+    let surroundings = Surroundings {
+        namespace: &network.web,
+        log: &log,
+        resolv_conf: None,
+    };
     let mut web = Process::spawn("the web server", command, &surroundings)?;
     wait_for("the web server", Duration::from_secs(10), || {
         web.check_running()?;
@@ -84,8 +88,7 @@ pub fn spawn_web(network: &Network) -> Result<Process> {
 /// The reference pool as a process: list, approval, payment, all in its development form.
 pub fn spawn_pool(network: &Network, identity: &Identity) -> Result<Process> {
     let machine = &network.pool;
-    let environment = Environment::default()
-        .with("DVPN_LOG", "info");
+    let environment = Environment::default().with("DVPN_LOG", "info");
     let mut command = environment.command(&program("dvpn-pool")?);
     command
         .args(["serve", "--development", "--open-registration", "--private-endpoints"])
@@ -98,11 +101,18 @@ pub fn spawn_pool(network: &Network, identity: &Identity) -> Result<Process> {
         .arg("--database")
         .arg(machine.directory.join("pool.sqlite"));
     let log = machine.directory.join("log");
-    let surroundings = Surroundings { namespace: &machine.namespace, log: &log, resolv_conf: None };
+    let surroundings = Surroundings {
+        namespace: &machine.namespace,
+        log: &log,
+        resolv_conf: None,
+    };
     let mut pool = Process::spawn("dvpn-pool", command, &surroundings)?;
     wait_for("the pool's listener", Duration::from_secs(15), || {
         pool.check_running()?;
-        Ok(machine.namespace.connect((POOL, POOL_PORT).into(), Duration::from_millis(200)).ok())
+        Ok(machine
+            .namespace
+            .connect((POOL, POOL_PORT).into(), Duration::from_millis(200))
+            .ok())
     })?;
     Ok(pool)
 }
@@ -162,7 +172,9 @@ impl Daemon {
         let notify_path = directory.join("notify.socket");
         drop(std::fs::remove_file(&notify_path));
         let notify = UnixDatagram::bind(&notify_path).with_context(|| format!("binding {}", notify_path.display()))?;
-        notify.set_read_timeout(Some(Duration::from_millis(200))).context("setting a timeout")?;
+        notify
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .context("setting a timeout")?;
         let state = directory.join("state");
         std::fs::create_dir_all(&state).with_context(|| format!("making {}", state.display()))?;
         let environment = environment
@@ -172,8 +184,11 @@ impl Daemon {
             .with("NOTIFY_SOCKET", &notify_path);
         let resolv_conf = resolv_conf(network)?;
         let log = directory.join("log");
-        let surroundings =
-            Surroundings { namespace: &machine.namespace, log: &log, resolv_conf: Some(&resolv_conf) };
+        let surroundings = Surroundings {
+            namespace: &machine.namespace,
+            log: &log,
+            resolv_conf: Some(&resolv_conf),
+        };
         let command = change(environment.command(&program("dvpn-daemon")?));
         let started = Instant::now();
         let mut process = Process::spawn(&format!("dvpn-daemon of {}", machine.name), command, &surroundings)?;
@@ -188,20 +203,36 @@ impl Daemon {
         })
         .with_context(|| process.log_tail())?;
         let client = Client::new(machine.namespace.name(), bus.address().clone())?;
-        Ok(Self { process, client, ready_after, environment, _bus: bus })
+        Ok(Self {
+            process,
+            client,
+            ready_after,
+            environment,
+            _bus: bus,
+        })
     }
 
     /// Runs `dvpn-daemon` with other arguments in the same place and waits for its end: `--cleanup`, `--check-config`.
     pub fn run(network: &Network, machine: &Machine, environment: &Environment, arguments: &[&str]) -> Result<String> {
-        let mut command = environment.clone().without("NOTIFY_SOCKET").command(&program("dvpn-daemon")?);
+        let mut command = environment
+            .clone()
+            .without("NOTIFY_SOCKET")
+            .command(&program("dvpn-daemon")?);
         command.args(arguments);
         let log = machine.directory.join(format!("log{}", arguments.concat()));
         let resolv_conf = resolv_conf(network)?;
-        let surroundings =
-            Surroundings { namespace: &machine.namespace, log: &log, resolv_conf: Some(&resolv_conf) };
+        let surroundings = Surroundings {
+            namespace: &machine.namespace,
+            log: &log,
+            resolv_conf: Some(&resolv_conf),
+        };
         let mut process = Process::spawn("dvpn-daemon", command, &surroundings)?;
         let status = process.wait_exit(Duration::from_secs(20))?;
-        anyhow::ensure!(status.success(), "dvpn-daemon {arguments:?} ended with {status}: {}", process.log_tail());
+        anyhow::ensure!(
+            status.success(),
+            "dvpn-daemon {arguments:?} ended with {status}: {}",
+            process.log_tail()
+        );
         Ok(process.log_text())
     }
 }
@@ -215,7 +246,10 @@ pub fn wait_until_listed(network: &Network, ca: &Path, wanted: usize, patience: 
             return Ok(None);
         }
         let list: serde_json::Value = serde_json::from_str(&text).context("reading the pool's list")?;
-        let listed = list.get("providers").and_then(serde_json::Value::as_array).map_or(0, Vec::len);
+        let listed = list
+            .get("providers")
+            .and_then(serde_json::Value::as_array)
+            .map_or(0, Vec::len);
         Ok((listed >= wanted).then_some(()))
     })
 }

@@ -43,15 +43,24 @@ impl Process {
             .append(true)
             .open(surroundings.log)
             .with_context(|| format!("opening {}", surroundings.log.display()))?;
-        command.stdin(Stdio::null()).stdout(log.try_clone().context("sharing the log file")?).stderr(log);
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("sharing the log file")?)
+            .stderr(log);
         // The child inherits the namespaces of the thread that makes it.
         let child = surroundings.namespace.run(|| -> Result<Child> {
             if let Some(file) = surroundings.resolv_conf {
                 private_resolv_conf(file)?;
             }
-            command.spawn().with_context(|| format!("starting {:?}: build it first", command.get_program()))
+            command
+                .spawn()
+                .with_context(|| format!("starting {:?}: build it first", command.get_program()))
         })??;
-        Ok(Self { name: name.to_owned(), child, log: surroundings.log.to_owned() })
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            log: surroundings.log.to_owned(),
+        })
     }
 
     /// Its process id.
@@ -68,13 +77,21 @@ impl Process {
     pub fn log_tail(&self) -> String {
         let text = self.log_text();
         let lines: Vec<&str> = text.lines().collect();
-        lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n")
+        lines
+            .get(lines.len().saturating_sub(15)..)
+            .unwrap_or_default()
+            .join("\n")
     }
 
     /// Fails with the end of the log when it has ended.
     pub fn check_running(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait().context("asking for a process")? {
-            bail!("{} ended ({status}); the end of {}:\n{}", self.name, self.log.display(), self.log_tail());
+            bail!(
+                "{} ended ({status}); the end of {}:\n{}",
+                self.name,
+                self.log.display(),
+                self.log_tail()
+            );
         }
         Ok(())
     }
@@ -88,7 +105,9 @@ impl Process {
     /// Kills it at once (SIGKILL) and waits for its end.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill().with_context(|| format!("killing {}", self.name))?;
-        self.child.wait().with_context(|| format!("waiting for {}", self.name))?;
+        self.child
+            .wait()
+            .with_context(|| format!("waiting for {}", self.name))?;
         Ok(())
     }
 
@@ -104,7 +123,9 @@ impl Process {
     /// Waits for its end.
     pub fn wait_exit(&mut self, patience: Duration) -> Result<ExitStatus> {
         let what = format!("the end of {}", self.name);
-        wait_for(&what, patience, || self.child.try_wait().context("asking for a process"))
+        wait_for(&what, patience, || {
+            self.child.try_wait().context("asking for a process")
+        })
     }
 
     /// Resident memory, in KiB.
@@ -112,7 +133,14 @@ impl Process {
         let path = format!("/proc/{}/status", self.child.id());
         let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         text.lines()
-            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse().ok())
+            .find_map(|line| {
+                line.strip_prefix("VmRSS:")?
+                    .trim()
+                    .strip_suffix("kB")?
+                    .trim()
+                    .parse()
+                    .ok()
+            })
             .with_context(|| format!("{path} has no VmRSS"))
     }
 }
@@ -130,8 +158,14 @@ impl Drop for Process {
 /// Gives the calling thread, and what it starts, a view of the file system with another /etc/resolv.conf.
 fn private_resolv_conf(file: &Path) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace: this needs root")?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
-        .context("detaching the mount namespace")?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_SLAVE,
+        None::<&str>,
+    )
+    .context("detaching the mount namespace")?;
     // A symbolic link (systemd-resolved) would be followed into a directory that may not exist here.
     let target = std::fs::canonicalize("/etc/resolv.conf").context("finding /etc/resolv.conf")?;
     mount(Some(file), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
@@ -164,7 +198,10 @@ pub fn program(name: &str) -> Result<PathBuf> {
             .map(Path::to_owned)
             .collect(),
     };
-    let found = directories.iter().map(|directory| directory.join(name)).find(|path| path.is_file());
+    let found = directories
+        .iter()
+        .map(|directory| directory.join(name))
+        .find(|path| path.is_file());
     found.with_context(|| {
         format!("{name} is not in {directories:?}: build it (cargo build --workspace) or set DVPN_BIN_DIR")
     })

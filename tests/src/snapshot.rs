@@ -34,7 +34,9 @@ pub fn take(namespace: &Namespace, bpf: &Path) -> Result<String> {
 }
 
 fn list(directory: &Path, names: &mut Vec<String>) {
-    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return;
+    };
     for entry in entries.flatten() {
         names.push(entry.path().display().to_string());
         list(&entry.path(), names);
@@ -44,12 +46,14 @@ fn list(directory: &Path, names: &mut Vec<String>) {
 /// The lines of `after` that are not in `before`, and the other way round, for messages.
 pub fn difference(before: &str, after: &str) -> String {
     let only = |a: &str, b: &str, mark: char| -> String {
-        a.lines().filter(|line| !b.lines().any(|other| other == *line)).fold(String::new(), |mut out, line| {
-            out.push(mark);
-            out.push_str(line);
-            out.push('\n');
-            out
-        })
+        a.lines()
+            .filter(|line| !b.lines().any(|other| other == *line))
+            .fold(String::new(), |mut out, line| {
+                out.push(mark);
+                out.push_str(line);
+                out.push('\n');
+                out
+            })
     };
     only(before, after, '-') + &only(after, before, '+')
 }

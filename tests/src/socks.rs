@@ -59,7 +59,11 @@ pub fn connect(namespace: &Namespace, proxy: SocketAddr, target: Target<'_>, tim
 pub fn associate(namespace: &Namespace, proxy: SocketAddr, timeout: Duration) -> Result<(TcpStream, SocketAddr)> {
     let nobody = Target::Address((Ipv4Addr::UNSPECIFIED, 0).into());
     let (stream, relay) = request(namespace, proxy, UDP_ASSOCIATE, nobody, timeout)?;
-    let relay = if relay.ip().is_unspecified() { SocketAddr::new(proxy.ip(), relay.port()) } else { relay };
+    let relay = if relay.ip().is_unspecified() {
+        SocketAddr::new(proxy.ip(), relay.port())
+    } else {
+        relay
+    };
     Ok((stream, relay))
 }
 
@@ -92,13 +96,17 @@ fn request(
     stream.set_nodelay(true).context("setting TCP_NODELAY")?;
     stream.write_all(&[5, 1, 0]).context("greeting the SOCKS5 proxy")?;
     let mut method = [0; 2];
-    stream.read_exact(&mut method).context("reading the SOCKS5 proxy's greeting")?;
+    stream
+        .read_exact(&mut method)
+        .context("reading the SOCKS5 proxy's greeting")?;
     ensure!(method == [5, 0], "the SOCKS5 proxy wants method {method:?}");
     let mut out = vec![5, command, 0];
     target.write(&mut out)?;
     stream.write_all(&out).context("asking the SOCKS5 proxy")?;
     let mut head = [0; 4];
-    stream.read_exact(&mut head).context("reading the SOCKS5 proxy's answer")?;
+    stream
+        .read_exact(&mut head)
+        .context("reading the SOCKS5 proxy's answer")?;
     let [version, reply, _, kind] = head;
     ensure!(version == 5, "the answer is not SOCKS5: {head:?}");
     ensure!(reply == 0, "the SOCKS5 proxy refused {target:?}: {}", reply_text(reply));
@@ -113,7 +121,9 @@ fn request(
 
 fn read_array<const N: usize>(stream: &mut TcpStream) -> Result<[u8; N]> {
     let mut bytes = [0; N];
-    stream.read_exact(&mut bytes).context("reading the SOCKS5 proxy's bound address")?;
+    stream
+        .read_exact(&mut bytes)
+        .context("reading the SOCKS5 proxy's bound address")?;
     Ok(bytes)
 }
 

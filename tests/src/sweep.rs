@@ -37,7 +37,9 @@ fn registry() -> Result<File> {
 fn open_lock(path: &Path) -> Result<File> {
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).read(true).write(true);
-    options.open(path).with_context(|| format!("opening {}", path.display()))
+    options
+        .open(path)
+        .with_context(|| format!("opening {}", path.display()))
 }
 
 /// Waits until no other test measures on this machine, and keeps the others waiting while the file is open: two cores
@@ -56,7 +58,10 @@ pub(crate) fn claim(directory: &Path) -> Result<File> {
     std::fs::create_dir_all(directory).with_context(|| format!("making {}: this needs root", directory.display()))?;
     let file = open_lock(&directory.join(OWNER))?;
     if file.try_lock().is_err() {
-        bail!("the network {} is running: take it down first (dvpn-lab down)", directory.display());
+        bail!(
+            "the network {} is running: take it down first (dvpn-lab down)",
+            directory.display()
+        );
     }
     Ok(file)
 }
@@ -65,11 +70,17 @@ pub(crate) fn claim(directory: &Path) -> Result<File> {
 pub fn dead() -> Result<Vec<String>> {
     let _registry = registry()?;
     let mut removed = Vec::new();
-    let Ok(entries) = std::fs::read_dir(ROOT) else { return Ok(removed) };
+    let Ok(entries) = std::fs::read_dir(ROOT) else {
+        return Ok(removed);
+    };
     for entry in entries.flatten() {
         let directory = entry.path();
-        let Ok(owner) = File::open(directory.join(OWNER)) else { continue };
-        let Ok(id) = entry.file_name().into_string() else { continue };
+        let Ok(owner) = File::open(directory.join(OWNER)) else {
+            continue;
+        };
+        let Ok(id) = entry.file_name().into_string() else {
+            continue;
+        };
         if owner.try_lock().is_ok() {
             remove(&id)?;
             removed.push(id);
@@ -105,7 +116,10 @@ pub(crate) fn end_processes(names: &[String]) -> Result<()> {
         .filter_map(|name| std::fs::metadata(Path::new(namespace::DIRECTORY).join(name)).ok())
         .map(|meta| (meta.dev(), meta.ino()))
         .collect();
-    for (signal, patience) in [(Signal::SIGTERM, Duration::from_secs(2)), (Signal::SIGKILL, Duration::from_secs(2))] {
+    for (signal, patience) in [
+        (Signal::SIGTERM, Duration::from_secs(2)),
+        (Signal::SIGKILL, Duration::from_secs(2)),
+    ] {
         for pid in inside(&inodes) {
             if let Err(error) = kill(pid, signal) {
                 // It may have ended meanwhile; what counts is the check below.
@@ -124,12 +138,15 @@ pub(crate) fn end_processes(names: &[String]) -> Result<()> {
 }
 
 fn inside(inodes: &[(u64, u64)]) -> Vec<Pid> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter(|pid| {
-            std::fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|meta| inodes.contains(&(meta.dev(), meta.ino())))
+            std::fs::metadata(format!("/proc/{pid}/ns/net"))
+                .is_ok_and(|meta| inodes.contains(&(meta.dev(), meta.ino())))
         })
         .map(Pid::from_raw)
         .collect()
@@ -144,9 +161,14 @@ pub fn is_running(id: &str) -> bool {
 pub fn forget_root() {
     let Ok(_registry) = registry() else { return };
     let others = std::fs::read_dir(ROOT).map_or(1, |entries| {
-        entries.flatten().filter(|entry| !entry.file_name().to_string_lossy().starts_with('.')).count()
+        entries
+            .flatten()
+            .filter(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
+            .count()
     });
-    if others == 0 && let Err(error) = std::fs::remove_dir_all(ROOT) {
+    if others == 0
+        && let Err(error) = std::fs::remove_dir_all(ROOT)
+    {
         tracing::warn!("removing {ROOT}: {error}");
     }
 }

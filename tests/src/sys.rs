@@ -1,5 +1,8 @@
 //! The few system calls that nix does not wrap: making a TAP device, waiting with nanosecond timeouts, packet sockets.
-#![allow(unsafe_code, reason = "TUNSETIFF, ppoll, sched_setscheduler and AF_PACKET binding have no safe wrapper here")]
+#![allow(
+    unsafe_code,
+    reason = "TUNSETIFF, ppoll, sched_setscheduler and AF_PACKET binding have no safe wrapper here"
+)]
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,11 +17,18 @@ use std::{
 /// Makes a TAP device of this name in the calling thread's network namespace; it goes when the file is closed.
 /// Frames are read and written whole and without blocking.
 pub(crate) fn open_tap(name: &str) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
     // SAFETY: `ifreq` is plain old data for which all zero is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("interface name {name} is too long")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("interface name {name} is too long"),
+        ));
     }
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = libc::c_char::from_ne_bytes([from]);
@@ -36,7 +46,11 @@ pub(crate) fn wait_readable<const N: usize>(
     descriptors: [RawFd; N],
     timeout: Option<Duration>,
 ) -> io::Result<[bool; N]> {
-    let mut polls = descriptors.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+    let mut polls = descriptors.map(|fd| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    });
     let timespec = timeout.map(|timeout| libc::timespec {
         tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_nsec: libc::c_long::from(timeout.subsec_nanos()),
@@ -45,7 +59,12 @@ pub(crate) fn wait_readable<const N: usize>(
     // SAFETY: `polls` holds N entries; `pointer` is null or points at a timespec alive until the end of this function;
     // a null signal mask leaves the mask alone.
     let ready = unsafe {
-        libc::ppoll(polls.as_mut_ptr(), libc::nfds_t::try_from(N).unwrap_or_default(), pointer, std::ptr::null())
+        libc::ppoll(
+            polls.as_mut_ptr(),
+            libc::nfds_t::try_from(N).unwrap_or_default(),
+            pointer,
+            std::ptr::null(),
+        )
     };
     if ready < 0 {
         let error = io::Error::last_os_error();
@@ -70,7 +89,11 @@ pub(crate) fn packet_socket(interface_index: u32) -> io::Result<OwnedFd> {
     let protocol = u16::try_from(libc::ETH_P_ALL).unwrap_or_default().to_be();
     // SAFETY: no pointers are passed.
     let fd = unsafe {
-        libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, i32::from(protocol))
+        libc::socket(
+            libc::AF_PACKET,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+            i32::from(protocol),
+        )
     };
     if fd < 0 {
         return Err(io::Error::last_os_error());

@@ -25,10 +25,18 @@ const MAX_BYTES: u64 = 64 << 30;
 
 /// Serves until an error; `address` and `name` are what the name server answers.
 pub async fn serve(address: Ipv4Addr, name: String) -> Result<()> {
-    let http = TcpListener::bind((address, 80)).await.with_context(|| format!("listening at {address}:80"))?;
-    let echo = UdpSocket::bind((address, 7)).await.with_context(|| format!("binding UDP {address}:7"))?;
-    let dns = UdpSocket::bind((address, 53)).await.with_context(|| format!("binding UDP {address}:53"))?;
-    let routes = Router::new().route("/", get(peer_address)).route("/bytes/{count}", get(zero_bytes));
+    let http = TcpListener::bind((address, 80))
+        .await
+        .with_context(|| format!("listening at {address}:80"))?;
+    let echo = UdpSocket::bind((address, 7))
+        .await
+        .with_context(|| format!("binding UDP {address}:7"))?;
+    let dns = UdpSocket::bind((address, 53))
+        .await
+        .with_context(|| format!("binding UDP {address}:53"))?;
+    let routes = Router::new()
+        .route("/", get(peer_address))
+        .route("/bytes/{count}", get(zero_bytes));
     let service = routes.into_make_service_with_connect_info::<SocketAddr>();
     tokio::try_join!(
         async { axum::serve(http, service).await.context("serving HTTP") },
@@ -56,7 +64,9 @@ async fn answer(socket: UdpSocket, reply: impl Fn(&[u8]) -> Option<Vec<u8>>) -> 
     let mut buffer = vec![0_u8; 65_536];
     loop {
         // An ICMP error about an earlier answer shows up here and is no reason to stop.
-        let Ok((length, from)) = socket.recv_from(&mut buffer).await else { continue };
+        let Ok((length, from)) = socket.recv_from(&mut buffer).await else {
+            continue;
+        };
         if let Some(answer) = reply(buffer.get(..length).unwrap_or_default()) {
             drop(socket.send_to(&answer, from).await);
         }
@@ -81,7 +91,12 @@ fn name_answer(query: &[u8], name: &str, address: Ipv4Addr) -> Option<Vec<u8>> {
     let known = asked.eq_ignore_ascii_case(name);
     let answers = u8::from(known && kind == TYPE_A && class == CLASS_IN);
     // Response, authoritative, recursion desired as asked and "available": the asker is a forwarder.
-    let mut out = vec![id1, id2, 0x84 | (flags & 1), 0x80 | if known { 0 } else { NO_SUCH_NAME }];
+    let mut out = vec![
+        id1,
+        id2,
+        0x84 | (flags & 1),
+        0x80 | if known { 0 } else { NO_SUCH_NAME },
+    ];
     out.extend_from_slice(&[0, 1, 0, answers, 0, 0, 0, 0]);
     out.extend_from_slice(question);
     if answers == 1 {
@@ -139,7 +154,11 @@ mod tests {
     fn truncated_queries_and_answers_get_nothing() {
         let whole = query("web.dvpn.test", 1);
         for length in 0..whole.len() {
-            assert_eq!(name_answer(&whole[..length], "web.dvpn.test", Ipv4Addr::LOCALHOST), None, "{length}");
+            assert_eq!(
+                name_answer(&whole[..length], "web.dvpn.test", Ipv4Addr::LOCALHOST),
+                None,
+                "{length}"
+            );
         }
         let mut answer = whole;
         answer[2] |= 0x80;

@@ -52,14 +52,23 @@ pub struct Path {
 
 impl Default for Path {
     fn default() -> Self {
-        Self { delay: Duration::ZERO, jitter: Jitter::None, loss: 0.0, rate_bits: None, reorder: false }
+        Self {
+            delay: Duration::ZERO,
+            jitter: Jitter::None,
+            loss: 0.0,
+            rate_bits: None,
+            reorder: false,
+        }
     }
 }
 
 impl Path {
     /// Half of `round_trip` each way and no other fault.
     pub fn round_trip(round_trip: Duration) -> Self {
-        Self { delay: round_trip / 2, ..Self::default() }
+        Self {
+            delay: round_trip / 2,
+            ..Self::default()
+        }
     }
 }
 
@@ -121,7 +130,11 @@ impl Wire {
                 move || carry(taps, &woken, &shared, seed)
             })
             .context("starting the wire's thread")?;
-        Ok(Self { shared, wake, thread: Some(thread) })
+        Ok(Self {
+            shared,
+            wake,
+            thread: Some(thread),
+        })
     }
 
     /// Changes the faults; frames already on the way keep theirs.
@@ -141,7 +154,10 @@ impl Wire {
 
     /// Frames carried and lost so far, both directions together.
     pub fn counts(&self) -> (u64, u64) {
-        (self.shared.carried.load(Ordering::Relaxed), self.shared.lost.load(Ordering::Relaxed))
+        (
+            self.shared.carried.load(Ordering::Relaxed),
+            self.shared.lost.load(Ordering::Relaxed),
+        )
     }
 }
 
@@ -194,7 +210,9 @@ impl Lane {
             if dark || lost || self.queue.len() >= QUEUE_FRAMES {
                 return false;
             }
-            let Some(sent) = self.serialise(frame.len(), path, now) else { return false };
+            let Some(sent) = self.serialise(frame.len(), path, now) else {
+                return false;
+            };
             let due = sent + varied;
             if path.reorder {
                 due
@@ -204,13 +222,19 @@ impl Lane {
             }
         };
         self.number += 1;
-        self.queue.push(Reverse(Waiting { due, number: self.number, frame: frame.to_vec() }));
+        self.queue.push(Reverse(Waiting {
+            due,
+            number: self.number,
+            frame: frame.to_vec(),
+        }));
         true
     }
 
     /// When the last bit of the frame is on a line of the path's rate; nothing when its buffer is full.
     fn serialise(&mut self, bytes: usize, path: &Path, now: Instant) -> Option<Instant> {
-        let Some(rate) = path.rate_bits.filter(|rate| *rate > 0) else { return Some(now) };
+        let Some(rate) = path.rate_bits.filter(|rate| *rate > 0) else {
+            return Some(now);
+        };
         let start = self.sender_free.max(now);
         if start - now > RATE_QUEUE {
             return None;
@@ -240,7 +264,9 @@ impl Lane {
 
     fn deliver(&mut self, mut to: &File, dark: bool, shared: &Shared) {
         while self.next_due().is_some_and(|due| due <= Instant::now()) {
-            let Some(Reverse(waiting)) = self.queue.pop() else { return };
+            let Some(Reverse(waiting)) = self.queue.pop() else {
+                return;
+            };
             // An outage swallows what is on the way. A write fails only while the far end is down: lost as well.
             let whole = waiting.frame.get(12..14) == Some(&ETHERTYPE_ARP) || !dark;
             if whole && to.write(&waiting.frame).is_ok() {
@@ -341,7 +367,10 @@ mod tests {
 
     #[test]
     fn loss_is_as_asked_and_the_same_for_the_same_seed() {
-        let path = Path { loss: 0.02, ..Path::default() };
+        let path = Path {
+            loss: 0.02,
+            ..Path::default()
+        };
         let first = dues(&path, 10_000, Duration::from_micros(10)).len();
         assert_eq!(first, dues(&path, 10_000, Duration::from_micros(10)).len());
         assert!((9_740..=9_860).contains(&first), "{first} of 10000 passed at 2 % loss");
@@ -350,21 +379,37 @@ mod tests {
     #[test]
     fn jitter_stays_in_its_bounds_and_keeps_the_order() {
         let jitter = Jitter::Uniform(Duration::from_millis(1));
-        let path = Path { delay: Duration::from_millis(5), jitter, ..Path::default() };
+        let path = Path {
+            delay: Duration::from_millis(5),
+            jitter,
+            ..Path::default()
+        };
         let dues = dues(&path, 1_000, Duration::from_micros(100));
         assert!(dues.windows(2).all(|pair| pair[0].0 <= pair[1].0));
-        let (least, most) = (dues.iter().map(|d| d.1).min().unwrap(), dues.iter().map(|d| d.1).max().unwrap());
-        assert!(least >= Duration::from_millis(4) && most <= Duration::from_millis(6), "{least:?} to {most:?}");
+        let (least, most) = (
+            dues.iter().map(|d| d.1).min().unwrap(),
+            dues.iter().map(|d| d.1).max().unwrap(),
+        );
+        assert!(
+            least >= Duration::from_millis(4) && most <= Duration::from_millis(6),
+            "{least:?} to {most:?}"
+        );
         assert!(most - least > Duration::from_millis(1));
     }
 
     #[test]
     fn a_rate_spaces_frames_and_drops_what_its_buffer_does_not_hold() {
         // 60 bytes at 480 kbit/s are 1 ms each; the buffer holds 100 ms.
-        let path = Path { rate_bits: Some(480_000), ..Path::default() };
+        let path = Path {
+            rate_bits: Some(480_000),
+            ..Path::default()
+        };
         let dues = dues(&path, 500, Duration::ZERO);
         assert!((100..=102).contains(&dues.len()), "{}", dues.len());
-        assert!(dues.windows(2).all(|pair| pair[1].0 - pair[0].0 == Duration::from_millis(1)));
+        assert!(
+            dues.windows(2)
+                .all(|pair| pair[1].0 - pair[0].0 == Duration::from_millis(1))
+        );
     }
 
     #[test]
@@ -372,6 +417,14 @@ mod tests {
         let mut lane = Lane::new(1);
         let now = Instant::now();
         assert!(!lane.accept(&IP, &Path::default(), true, now));
-        assert!(lane.accept(&ARP, &Path { loss: 1.0, ..Path::default() }, true, now));
+        assert!(lane.accept(
+            &ARP,
+            &Path {
+                loss: 1.0,
+                ..Path::default()
+            },
+            true,
+            now
+        ));
     }
 }

@@ -54,7 +54,10 @@ pub struct World {
 impl World {
     /// One client, a pool, and providers at these round-trip times. No other world runs beside it.
     pub fn build(round_trips_ms: &[u64]) -> Result<Self> {
-        Self::build_with(&NetworkConfig::with_round_trips(&unique_id(), round_trips_ms), |environment| environment)
+        Self::build_with(
+            &NetworkConfig::with_round_trips(&unique_id(), round_trips_ms),
+            |environment| environment,
+        )
     }
 
     /// The same with the network as given and the client told something else.
@@ -68,14 +71,28 @@ impl World {
         let pool = node::spawn_pool(&network, &identity)?;
         let mut providers = Vec::new();
         for machine in &network.providers {
-            providers.push(Daemon::spawn(&network, machine, node::provider_environment(machine, &ca))?);
+            providers.push(Daemon::spawn(
+                &network,
+                machine,
+                node::provider_environment(machine, &ca),
+            )?);
         }
         node::wait_until_listed(&network, &ca, providers.len(), Duration::from_secs(30))
             .with_context(|| format!("the pool says:\n{}", pool.log_tail()))?;
         let client_before = snapshot::take(&network.client.namespace, &network.bpf_directory(&network.client))?;
         let client = Daemon::spawn(&network, &network.client, told(node::client_environment(&ca)))?;
         client.client.check_no_way_around()?;
-        Ok(Self { client, providers, pool, web, authority, identity, client_before, network, _alone: alone })
+        Ok(Self {
+            client,
+            providers,
+            pool,
+            web,
+            authority,
+            identity,
+            client_before,
+            network,
+            _alone: alone,
+        })
     }
 
     /// The way to ask the client.
@@ -91,7 +108,12 @@ impl World {
     /// Pays with the development payment and waits for the token.
     pub fn pay(&self) -> Result<()> {
         let checkout = self.ask().begin_checkout()?;
-        https::development_pay(&self.network.client.namespace, &self.ca(), &node::payment_url(), &checkout)?;
+        https::development_pay(
+            &self.network.client.namespace,
+            &self.ca(),
+            &node::payment_url(),
+            &checkout,
+        )?;
         self.ask().wait_status("the token", Duration::from_secs(20), |status| {
             status.payment == PaymentStatus::Paid || status.problem.is_none()
         })?;

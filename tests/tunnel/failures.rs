@@ -10,14 +10,21 @@ use crate::{INTERFACE, SOON, Setup, config, eventually, key, open, pair, side};
 #[test]
 fn a_deleted_interface_is_reported() -> Result<()> {
     for offload in [true, false] {
-        let pair = pair(Setup { offload, ..Setup::default() })?;
+        let pair = pair(Setup {
+            offload,
+            ..Setup::default()
+        })?;
         pair.transfer("10.88.0.2", 1 << 16, SOON)?;
         let tunnel = pair.tunnels[0].clone();
         let started = Instant::now();
         pair.sides[0].sh(&format!("ip link del {INTERFACE}"))?;
         let reason = pair.sides[0].run(async move { tokio::time::timeout(SOON, tunnel.died()).await })??;
         ensure!(reason.contains("deleted"), "{reason}");
-        ensure!(started.elapsed() < Duration::from_secs(1), "reported after {:?}", started.elapsed());
+        ensure!(
+            started.elapsed() < Duration::from_secs(1),
+            "reported after {:?}",
+            started.elapsed()
+        );
     }
     Ok(())
 }
@@ -33,7 +40,10 @@ fn a_stranger_gets_nothing() -> Result<()> {
     let shaken = sides[0].run(async move { tunnel.force_handshake(key(2).1, timeout).await })?;
     ensure!(matches!(shaken, Err(Error::NoHandshake(..))), "{shaken:?}");
     let stats = sides[1].run(async move { provider.stats().await })??;
-    ensure!(stats.iter().all(|peer| peer.tx_bytes == 0 && peer.endpoint.is_none()), "{stats:?}");
+    ensure!(
+        stats.iter().all(|peer| peer.tx_bytes == 0 && peer.endpoint.is_none()),
+        "{stats:?}"
+    );
     Ok(())
 }
 
@@ -45,7 +55,9 @@ fn a_forced_handshake_recovers_a_forgotten_session() -> Result<()> {
     let forgetful = std::mem::replace(&mut pair.tunnels[1], pair.tunnels[0].clone());
     let forgetful = std::sync::Arc::into_inner(forgetful).context("the only reference")?;
     drop(forgetful);
-    eventually("the interface is gone", || Ok(!pair.sides[1].sh("ip -o link")?.contains(INTERFACE)))?;
+    eventually("the interface is gone", || {
+        Ok(!pair.sides[1].sh("ip -o link")?.contains(INTERFACE))
+    })?;
     pair.tunnels[1] = open(&pair.sides[1], 2, config(2, Setup::default()))?;
     let tunnel = pair.tunnels[0].clone();
     let started = Instant::now();
@@ -72,7 +84,9 @@ fn a_link_that_is_down_for_a_while_does_not_kill_the_tunnel() -> Result<()> {
     pair.transfer("10.88.0.2", 1 << 16, SOON)?;
     pair.sides[1].sh(&format!("ip link set {INTERFACE} down"))?;
     pair.sides[0].sh("ping -q -c 3 -i 0.01 -W 0.1 10.88.0.2 || true")?;
-    pair.sides[1].sh(&format!("ip link set {INTERFACE} up; ip route replace 10.88.0.1/32 dev {INTERFACE}"))?;
+    pair.sides[1].sh(&format!(
+        "ip link set {INTERFACE} up; ip route replace 10.88.0.1/32 dev {INTERFACE}"
+    ))?;
     pair.transfer("10.88.0.2", 1 << 16, SOON)?;
     Ok(())
 }

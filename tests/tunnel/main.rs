@@ -44,12 +44,19 @@ struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { offload: true, outer_v6: false }
+        Self {
+            offload: true,
+            outer_v6: false,
+        }
     }
 }
 
 fn outer(end: u8, v6: bool) -> SocketAddr {
-    let address = if v6 { format!("fd77::{end}") } else { format!("10.77.0.{end}") };
+    let address = if v6 {
+        format!("fd77::{end}")
+    } else {
+        format!("10.77.0.{end}")
+    };
     SocketAddr::new(address.parse().expect("an address"), PORT)
 }
 
@@ -96,7 +103,10 @@ struct Pair {
 
 fn pair(setup: Setup) -> Result<Pair> {
     let sides = side::joined_pair()?;
-    let tunnels = [open(&sides[0], 1, config(1, setup))?, open(&sides[1], 2, config(2, setup))?];
+    let tunnels = [
+        open(&sides[0], 1, config(1, setup))?,
+        open(&sides[1], 2, config(2, setup))?,
+    ];
     Ok(Pair { sides, tunnels })
 }
 
@@ -126,7 +136,11 @@ impl Pair {
                 let mut received = Vec::with_capacity(bytes);
                 read.read_to_end(&mut received).await?;
                 sender.await??;
-                ensure!(received == sent, "{} of {bytes} bytes came back, or others", received.len());
+                ensure!(
+                    received == sent,
+                    "{} of {bytes} bytes came back, or others",
+                    received.len()
+                );
                 Ok(())
             })
             .await

@@ -45,7 +45,11 @@ fn four_thousand_peers_are_set_listed_changed_and_removed_quickly() -> Result<()
         ensure!(started.elapsed() < limit, "listing took {:?}", started.elapsed());
         let started = Instant::now();
         tunnel.set_peers(many()).await?;
-        ensure!(started.elapsed() < limit / 10, "setting the same again took {:?}", started.elapsed());
+        ensure!(
+            started.elapsed() < limit / 10,
+            "setting the same again took {:?}",
+            started.elapsed()
+        );
         let started = Instant::now();
         for peer in many().into_iter().step_by(16) {
             tunnel.remove_peer(peer.public_key).await?;
@@ -83,7 +87,10 @@ fn changing_a_peer_keeps_its_session_and_its_learned_endpoint() -> Result<()> {
         provider.set_peers(vec![peer]).await?;
         anyhow::Ok(provider.stats().await?)
     })??;
-    ensure!(stats.len() == 1 && stats[0].endpoint.is_some() && stats[0].last_handshake.is_some(), "{stats:?}");
+    ensure!(
+        stats.len() == 1 && stats[0].endpoint.is_some() && stats[0].last_handshake.is_some(),
+        "{stats:?}"
+    );
     pair.transfer("10.88.0.2", 1 << 16, SOON)?;
     Ok(())
 }

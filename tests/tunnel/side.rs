@@ -39,7 +39,12 @@ impl Side {
             }
         });
         let (runtime, thread_id) = made.recv_timeout(DEADLINE)??;
-        let side = Self { runtime, thread_id, stop: Some(stop), thread: Some(thread) };
+        let side = Self {
+            runtime,
+            thread_id,
+            stop: Some(stop),
+            thread: Some(thread),
+        };
         side.sh("ip link set lo up")?;
         Ok(side)
     }
@@ -60,7 +65,11 @@ impl Side {
     pub fn sh(&self, script: &str) -> Result<String> {
         let owned = script.to_owned();
         let output = self.run(async move { Command::new("sh").args(["-ec", &owned]).output() })??;
-        ensure!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+        ensure!(
+            output.status.success(),
+            "{script}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
@@ -84,7 +93,10 @@ pub fn joined_pair() -> Result<[Arc<Side>; 2]> {
     let sides = [Arc::new(Side::new()?), Arc::new(Side::new()?)];
     let [left, right] = &sides;
     // The path as /proc/self of the child would name another task.
-    left.sh(&format!("ip link add outer type veth peer name outer netns {}", right.netns_path()))?;
+    left.sh(&format!(
+        "ip link add outer type veth peer name outer netns {}",
+        right.netns_path()
+    ))?;
     for (side, end) in sides.iter().zip(1..) {
         side.sh(&format!(
             "ip address add 10.77.0.{end}/24 dev outer; ip address add fd77::{end}/64 dev outer nodad; ip link set outer up"

@@ -16,7 +16,10 @@ fn tcp_crosses_with_offload_over_ipv4() -> Result<()> {
 
 #[test]
 fn tcp_crosses_with_offload_over_ipv6() -> Result<()> {
-    let pair = pair(Setup { outer_v6: true, ..Setup::default() })?;
+    let pair = pair(Setup {
+        outer_v6: true,
+        ..Setup::default()
+    })?;
     pair.transfer("10.88.0.2", MEGABYTES_8, 4 * SOON)?;
     pair.transfer("fd88::2", MEGABYTES_8, 4 * SOON)?;
     Ok(())
@@ -24,7 +27,10 @@ fn tcp_crosses_with_offload_over_ipv6() -> Result<()> {
 
 #[test]
 fn tcp_crosses_without_offload() -> Result<()> {
-    let pair = pair(Setup { offload: false, ..Setup::default() })?;
+    let pair = pair(Setup {
+        offload: false,
+        ..Setup::default()
+    })?;
     pair.transfer("10.88.0.2", MEGABYTES_8, 4 * SOON)?;
     pair.transfer("fd88::2", MEGABYTES_8, 4 * SOON)?;
     Ok(())
@@ -73,7 +79,10 @@ fn rebinding_keeps_the_session_and_the_providers_port() -> Result<()> {
             anyhow::Ok((before, tunnel.listen_port().await?))
         })??;
         if end == 1 {
-            ensure!((before, after) == (PORT, PORT), "the provider moved from {before} to {after}");
+            ensure!(
+                (before, after) == (PORT, PORT),
+                "the provider moved from {before} to {after}"
+            );
         } else {
             ensure!(before != after && after != 0, "the client stayed at {before}");
         }
@@ -85,7 +94,11 @@ fn rebinding_keeps_the_session_and_the_providers_port() -> Result<()> {
     let tunnel = pair.tunnels[0].clone();
     let port = pair.sides[0].run(async move { tunnel.listen_port().await })??;
     ensure!(stats.len() == 1 && stats[0].public_key == key(1).1);
-    ensure!(stats[0].endpoint.is_some_and(|at| at.port() == port), "{:?} is not port {port}", stats[0].endpoint);
+    ensure!(
+        stats[0].endpoint.is_some_and(|at| at.port() == port),
+        "{:?} is not port {port}",
+        stats[0].endpoint
+    );
     ensure!(stats[0].rx_bytes > 1 << 16 && stats[0].tx_bytes > 1 << 16 && stats[0].last_handshake.is_some());
     Ok(())
 }

@@ -17,7 +17,10 @@ fn main() -> Result<()> {
     let peer = PeerConfig {
         public_key: argument("PEER_KEY")?.parse()?,
         endpoint: Some(argument("PEER_ENDPOINT")?.parse()?),
-        allowed_ips: argument("ALLOWED_IPS")?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+        allowed_ips: argument("ALLOWED_IPS")?
+            .split(',')
+            .map(str::parse)
+            .collect::<Result<_, _>>()?,
         keepalive: None,
     };
     let offload = arguments.next().is_none();

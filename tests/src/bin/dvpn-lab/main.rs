@@ -157,7 +157,9 @@ fn exec(machine: &str, command: &[String]) -> Result<()> {
     }
     let namespace = File::open(Namespace::open(&name)?.path()).context("opening the namespace")?;
     setns(namespace, CloneFlags::CLONE_NEWNET).context("entering the namespace")?;
-    let Some((program, arguments)) = command.split_first() else { bail!("no command given") };
+    let Some((program, arguments)) = command.split_first() else {
+        bail!("no command given")
+    };
     Err(Command::new(program).args(arguments).exec()).with_context(|| format!("running {program}"))
 }
 
@@ -175,7 +177,16 @@ fn wire(arguments: &WireArguments) -> Result<()> {
         rate_bits: Some(arguments.rate_mbps.saturating_mul(1_000_000)).filter(|rate| *rate > 0),
         reorder: false,
     };
-    let ends = (End { namespace: &a.0, interface: &a.1 }, End { namespace: &b.0, interface: &b.1 });
+    let ends = (
+        End {
+            namespace: &a.0,
+            interface: &a.1,
+        },
+        End {
+            namespace: &b.0,
+            interface: &b.1,
+        },
+    );
     let wire = Wire::connect(ends.0, ends.1, path, arguments.seed)?;
     a.0.ip(&format!("link set {} up", a.1))?;
     b.0.ip(&format!("link set {} up", b.1))?;

@@ -24,8 +24,14 @@ use super::{Files, ID, say};
 /// The line after which everything stands.
 pub(super) const READY: &str = "the network stands";
 /// Settings that `.env` may give the client of the local network. Its pool and payment server are the local ones.
-const CLIENT_SETTINGS: [&str; 6] =
-    ["USER_ID", "TOKEN_PASSPHRASE", "MESH_SAMPLE_SIZE", "PROVIDERS_ONLY", "PROVIDERS_EXCLUDE", "DVPN_LOG"];
+const CLIENT_SETTINGS: [&str; 6] = [
+    "USER_ID",
+    "TOKEN_PASSPHRASE",
+    "MESH_SAMPLE_SIZE",
+    "PROVIDERS_ONLY",
+    "PROVIDERS_EXCLUDE",
+    "DVPN_LOG",
+];
 
 /// Where the holder writes its progress.
 pub(super) fn log_path() -> PathBuf {
@@ -46,7 +52,10 @@ pub(super) fn run(files: &Files) -> Result<()> {
     }
     let absolute = |path: &Path| std::fs::canonicalize(path).with_context(|| format!("finding {}", path.display()));
     let ca = absolute(&files.ca)?;
-    let identity = Identity { certificate: absolute(&files.certificate)?, key: absolute(&files.key)? };
+    let identity = Identity {
+        certificate: absolute(&files.certificate)?,
+        key: absolute(&files.key)?,
+    };
     say("making the namespaces and wires");
     let network = Network::build(&NetworkConfig::with_round_trips(ID, &files.round_trips))?;
     write_pid(&pid_path(), std::process::id())?;
@@ -68,7 +77,10 @@ pub(super) fn run(files: &Files) -> Result<()> {
     say("starting the client");
     let client = Daemon::spawn(&network, &network.client, client_environment(files, &ca)?)?;
     write_machine_pid(&network.client, &client.process)?;
-    say(&format!("the client was ready after {} ms", client.ready_after.as_millis()));
+    say(&format!(
+        "the client was ready after {} ms",
+        client.ready_after.as_millis()
+    ));
     say(READY);
     wait_for_end()?;
     say("taking the network down");
@@ -84,7 +96,9 @@ fn client_environment(files: &Files, ca: &Path) -> Result<Environment> {
         Err(error) => return Err(error).with_context(|| format!("reading {}", files.env.display())),
     };
     for line in text.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
-        let Some((name, value)) = line.split_once('=') else { continue };
+        let Some((name, value)) = line.split_once('=') else {
+            continue;
+        };
         if CLIENT_SETTINGS.contains(&name) && !value.is_empty() {
             environment = environment.with(name, value);
         }
@@ -103,7 +117,10 @@ fn write_pid(path: &Path, pid: u32) -> Result<()> {
 /// Waits for SIGTERM or SIGINT.
 pub(super) fn wait_for_end() -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting a runtime")?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
@@ -118,8 +135,12 @@ pub(super) fn wait_for_end() -> Result<()> {
 /// Ends the holder, and removes what is left in any case.
 pub(super) fn down() -> Result<()> {
     if sweep::is_running(ID) {
-        let text = std::fs::read_to_string(pid_path())
-            .with_context(|| format!("the network runs, but {} does not say who holds it", pid_path().display()))?;
+        let text = std::fs::read_to_string(pid_path()).with_context(|| {
+            format!(
+                "the network runs, but {} does not say who holds it",
+                pid_path().display()
+            )
+        })?;
         let pid = Pid::from_raw(text.trim().parse().context("reading the holder's process id")?);
         say("ending the processes and removing the namespaces");
         kill(pid, Signal::SIGTERM).context("ending the holder of the network")?;

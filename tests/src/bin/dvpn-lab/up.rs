@@ -31,7 +31,11 @@ const HEARTBEAT: Duration = Duration::from_millis(1800);
 /// Brings up what is not up, pays what is not paid, connects, fetches, and tells.
 pub(super) fn up(files: &Files) -> Result<()> {
     for file in [&files.ca, &files.certificate, &files.key] {
-        ensure!(file.is_file(), "{} is missing: run scripts/gen_dev_certs.sh", file.display());
+        ensure!(
+            file.is_file(),
+            "{} is missing: run scripts/gen_dev_certs.sh",
+            file.display()
+        );
     }
     if sweep::is_running(ID) && std::fs::read_to_string(log_path()).is_ok_and(|log| log.contains(READY)) {
         say("the network stands already");
@@ -64,7 +68,14 @@ pub(super) fn status() -> Result<()> {
         let pid = std::fs::read_to_string(directory().join(machine).join("pid")).unwrap_or_default();
         let pid = pid.trim();
         let runs = !pid.is_empty() && Path::new("/proc").join(pid).exists();
-        say(&format!("{machine:<11} {}", if runs { format!("runs as process {pid}") } else { "does not run".to_owned() }));
+        say(&format!(
+            "{machine:<11} {}",
+            if runs {
+                format!("runs as process {pid}")
+            } else {
+                "does not run".to_owned()
+            }
+        ));
     }
     let (code, status) = client()?.health()?;
     say(&format!("client      {} (/health {code})", status.state.as_str()));
@@ -77,7 +88,10 @@ fn directory() -> PathBuf {
 }
 
 fn client() -> Result<Client> {
-    Client::new(&format!("{PREFIX}{ID}-client"), BusAddress::in_directory(&directory().join("client")))
+    Client::new(
+        &format!("{PREFIX}{ID}-client"),
+        BusAddress::in_directory(&directory().join("client")),
+    )
 }
 
 /// Starts the holder and passes its progress on until everything stands.
@@ -91,11 +105,19 @@ fn start(files: &Files) -> Result<()> {
         .open(&path)
         .with_context(|| format!("opening {}", path.display()))?;
     let mut command = Command::new(std::env::current_exe().context("finding this program's own path")?);
-    command.arg("run").arg("--ca").arg(&files.ca).arg("--certificate").arg(&files.certificate);
+    command
+        .arg("run")
+        .arg("--ca")
+        .arg(&files.ca)
+        .arg("--certificate")
+        .arg(&files.certificate);
     command.arg("--key").arg(&files.key).arg("--env").arg(&files.env);
     let round_trips: Vec<String> = files.round_trips.iter().map(ToString::to_string).collect();
     command.arg("--round-trips").arg(round_trips.join(","));
-    command.stdin(Stdio::null()).stdout(log.try_clone().context("sharing the log")?).stderr(log);
+    command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().context("sharing the log")?)
+        .stderr(log);
     let mut holder = command.spawn().context("starting the holder of the network")?;
     follow(&path, &mut holder)
 }
@@ -122,7 +144,10 @@ fn follow(path: &Path, holder: &mut Child) -> Result<()> {
             bail!("the network did not come up ({status}): {last}");
         }
         if Instant::now() >= deadline {
-            bail!("the network did not come up in time: {last}; the logs are in {}", directory().display());
+            bail!(
+                "the network did not come up in time: {last}; the logs are in {}",
+                directory().display()
+            );
         }
         if said.elapsed() >= HEARTBEAT {
             say(&format!("  … still {last}"));
@@ -139,7 +164,10 @@ fn patiently<T: Send>(what: &str, work: impl FnOnce() -> Result<T> + Send) -> Re
         let started = Instant::now();
         scope.spawn(move || {
             while waiting.recv_timeout(HEARTBEAT) == Err(RecvTimeoutError::Timeout) {
-                say(&format!("  … still waiting for {what} ({} s)", started.elapsed().as_secs()));
+                say(&format!(
+                    "  … still waiting for {what} ({} s)",
+                    started.elapsed().as_secs()
+                ));
             }
         });
         let result = work();
@@ -181,7 +209,9 @@ fn first_byte(client: &Client) -> Result<(String, Duration)> {
 fn candidates(status: &Status) {
     let used = status.provider.as_ref().map(|provider| &provider.id);
     for candidate in &status.candidates {
-        let latency = candidate.latency_ms.map_or_else(|| "no answer".to_owned(), |ms| format!("{ms:.1} ms"));
+        let latency = candidate
+            .latency_ms
+            .map_or_else(|| "no answer".to_owned(), |ms| format!("{ms:.1} ms"));
         let mark = if Some(&candidate.id) == used { "  <- in use" } else { "" };
         say(&format!("candidate:    {} {latency}{mark}", candidate.id));
     }
@@ -194,13 +224,26 @@ fn show(status: &Status, exit: &str, took: Duration) {
     say(&format!("first byte:   {} ms after Start", took.as_millis()));
     let lab = std::env::current_exe().map_or_else(|_| "dvpn-lab".to_owned(), |path| path.display().to_string());
     let bus = BusAddress::in_directory(&directory().join("client"));
-    let provider = status.provider.as_ref().map_or("provider-a", |provider| provider.id.as_str());
+    let provider = status
+        .provider
+        .as_ref()
+        .map_or("provider-a", |provider| provider.id.as_str());
     say("");
     say("What to try next (as root):");
-    say(&format!("  {lab} exec client curl --socks5-hostname {SOCKS5} http://{WEB_NAME}/"));
-    say(&format!("  {lab} exec client curl --socks5-hostname {SOCKS5} -o /dev/null http://{WEB_NAME}/bytes/1000000000"));
+    say(&format!(
+        "  {lab} exec client curl --socks5-hostname {SOCKS5} http://{WEB_NAME}/"
+    ));
+    say(&format!(
+        "  {lab} exec client curl --socks5-hostname {SOCKS5} -o /dev/null http://{WEB_NAME}/bytes/1000000000"
+    ));
     say(&format!("  {lab} exec client curl -s http://127.0.0.1:9808/health"));
-    say(&format!("  busctl --address={} call org.dvpn.Daemon1 /org/dvpn/Daemon1 org.dvpn.Daemon1 Status", bus.as_str()));
-    say(&format!("  kill -9 $(cat {}/{provider}/pid)    # then fetch again: another exit address", directory().display()));
+    say(&format!(
+        "  busctl --address={} call org.dvpn.Daemon1 /org/dvpn/Daemon1 org.dvpn.Daemon1 Status",
+        bus.as_str()
+    ));
+    say(&format!(
+        "  kill -9 $(cat {}/{provider}/pid)    # then fetch again: another exit address",
+        directory().display()
+    ));
     say("  ./one-click.sh --down");
 }

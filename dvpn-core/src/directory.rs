@@ -369,5 +369,4 @@ fn socket_address(field: &'static str, text: &str, private: bool) -> Result<Sock
 }
 
 #[cfg(test)]
-#[path = "directory_tests.rs"]
 mod tests;

@@ -325,5 +325,4 @@ fn amount_is_not_a_number(body: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-#[path = "payment_tests.rs"]
 mod tests;

@@ -288,5 +288,4 @@ impl<'a> Record<'a> {
 }
 
 #[cfg(test)]
-#[path = "seal_tests.rs"]
 mod tests;

@@ -10,6 +10,7 @@ mod read;
 mod secret;
 mod source;
 mod table;
+mod values;
 
 use std::{
     net::{IpAddr, SocketAddr},

@@ -22,14 +22,12 @@ impl Sealer {
     pub(super) fn key(&self) -> Result<Arc<Key>, seal::Error> {
         // The lock is held while deriving, so that two threads never derive the same key.
         let mut keys = self.lock();
-        match keys.first() {
-            Some(key) => Ok(Arc::clone(key)),
-            None => {
-                let mut salt = [0; seal::SALT_BYTES];
-                aws_lc_rs::rand::fill(&mut salt).ok().ok_or(seal::Error::Crypto)?;
-                self.derive(&mut keys, salt)
-            }
+        if let Some(key) = keys.first() {
+            return Ok(Arc::clone(key));
         }
+        let mut salt = [0; seal::SALT_BYTES];
+        aws_lc_rs::rand::fill(&mut salt).ok().ok_or(seal::Error::Crypto)?;
+        self.derive(&mut keys, salt)
     }
 
     /// The key of this record.

@@ -9,7 +9,9 @@
     reason = "a test that cannot go on must fail"
 )]
 
+mod approvals;
 mod cleanup;
 mod client;
-
+mod isolation;
 mod namespace;
+mod responders;

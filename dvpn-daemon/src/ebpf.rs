@@ -4,7 +4,8 @@
 //! restarted daemon adopts them and totals never run backwards. TCX links are used where the kernel has them (6.6);
 //! elsewhere a clsact filter, which the kernel keeps by itself until the interface goes.
 //!
-//! Everything here is a handful of system calls (a few milliseconds) and blocks for that long.
+//! Everything here blocks. Attaching also parses the kernel's own BTF, which is most of its time: call it off the
+//! runtime's threads. Reading is one system call per direction.
 
 use std::fs;
 use std::io;

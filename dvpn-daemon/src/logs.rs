@@ -14,6 +14,10 @@ pub const TAIL_LINES: usize = 500;
 /// Most bytes of one line that the tail keeps.
 pub const TAIL_LINE_BYTES: usize = 1024;
 
+/// What libraries may log at most: their debug output holds host names, credentials and keys.
+const QUIET: &str = "fast_socks5=off,hickory_net=warn,hickory_proto=warn,hickory_resolver=warn,hyper=info,netlink_proto=warn,\
+                     reqwest=info,rustls=info,gotatun=info";
+
 /// The last lines of the log, shared and bounded.
 #[derive(Debug, Clone, Default)]
 pub struct Tail(Arc<Mutex<VecDeque<String>>>);
@@ -59,7 +63,8 @@ impl<'a> MakeWriter<'a> for Tail {
 /// when the journal adds its own.
 pub fn init(filter: &str) -> Result<Tail, String> {
     let tail = Tail::default();
-    let filter = EnvFilter::try_new(filter).map_err(|error| format!("DVPN_LOG {filter:?} does not read: {error}"))?;
+    // Libraries that write names, passwords or packets at debug level stay silent whatever the operator asks for.
+    let filter = EnvFilter::try_new(format!("{filter},{QUIET}")).map_err(|error| format!("DVPN_LOG {filter:?} does not read: {error}"))?;
     let format = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false);
     let screen: Box<dyn tracing_subscriber::Layer<_> + Send + Sync> = if std::env::var_os("JOURNAL_STREAM").is_some() {
         Box::new(format.with_writer(io::stderr).without_time())

@@ -1,23 +1,36 @@
 //! Starts the provider side, when its owner opted in. It runs beside the client and never holds it up.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use dvpn_common::{ids::ProviderId, keys::PublicKey};
+use dvpn_common::{
+    ids::ProviderId,
+    keys::{PrivateKey, PublicKey, VerifyingKey},
+};
 use dvpn_core::{config::Config, keys::public_key};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
+use url::Url;
+use zeroize::Zeroizing;
 
 use crate::{
     audit::Audit,
     host::Host,
     http,
-    provider::{self, ProviderConfig, ProviderStatus, TunnelFactory},
+    provider::{self, ProviderConfig, ProviderStatus},
     state::{self, State},
     tunnel::userspace::UserspaceTunnel,
 };
 
 /// How long the end of the daemon waits for the provider side to take everything down.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause before the first new try.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// Longest pause between two tries; a provider that lived longer begins with the first pause again.
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
 /// Why a node can not be a provider. The client side goes on.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +64,7 @@ pub struct Node {
 impl Node {
     /// Starts it; opens two sealed keys first, which takes a moment.
     pub async fn start(
-        config: &Config,
+        config: &Arc<Config>,
         state: &State,
         host: &Host,
         client: &http::Client,
@@ -69,39 +82,22 @@ impl Node {
             None => state.pool_key()?,
         };
         let (status, status_view) = watch::channel(ProviderStatus::default());
-        let (pin, events) = (state.clone(), audit.clone());
-        let tunnel: TunnelFactory = Arc::new(|config| Box::pin(UserspaceTunnel::create(config)));
-        let provider = ProviderConfig {
-            node_id: id.clone(),
+        let plan = Plan {
+            id: id.clone(),
             identity_seed: state.identity_seed().await?,
             private_key,
             public_key: key,
             pool_url,
-            endpoint: config.node.public_endpoint.map(|endpoint| endpoint.to_string()),
-            port: config.node.port,
-            probe_port: config.node.probe_port,
-            public_probe: config.node.public_probe.map(|probe| probe.to_string()),
-            region: config.node.region.clone(),
             pool_key,
-            pool_key_learned: Arc::new(move |key| {
-                if let Err(error) = pin.store_pool_key(&key) {
-                    tracing::error!("pinning the pool's key: {error}: it is learned anew at the next start");
-                }
-            }),
+            config: config.clone(),
+            state: state.clone(),
             http: client.inner().await?.clone(),
             host: host.clone(),
-            tunnel,
-            resolvers: Vec::<SocketAddr>::new(),
-            audit: Arc::new(move |event| events.record(&event)),
+            audit: audit.clone(),
             status,
         };
         let end = CancellationToken::new();
-        let ended = end.clone();
-        let task = tokio::spawn(async move {
-            if let Err(error) = provider::run(provider, ended).await {
-                tracing::error!("this node is no provider any more: {}", crate::run::chain(&error));
-            }
-        });
+        let task = tokio::spawn(serve(plan, end.clone()));
         Ok(Self { id, public_key: key, status: status_view, end, task })
     }
 
@@ -111,5 +107,76 @@ impl Node {
         if timeout(END_TIMEOUT, self.task).await.is_err() {
             tracing::warn!("the provider side did not end in time: dvpn-daemon --cleanup removes what is left");
         }
+    }
+}
+
+/// Everything a provider is made from, as often as it takes.
+struct Plan {
+    id: ProviderId,
+    identity_seed: Zeroizing<[u8; 32]>,
+    private_key: PrivateKey,
+    public_key: PublicKey,
+    pool_url: Url,
+    pool_key: Option<VerifyingKey>,
+    config: Arc<Config>,
+    state: State,
+    http: reqwest::Client,
+    host: Host,
+    audit: Audit,
+    status: watch::Sender<ProviderStatus>,
+}
+
+impl Plan {
+    fn provider(&self) -> ProviderConfig {
+        let node = &self.config.node;
+        let (pin, events) = (self.state.clone(), self.audit.clone());
+        ProviderConfig {
+            node_id: self.id.clone(),
+            identity_seed: self.identity_seed.clone(),
+            private_key: self.private_key.clone(),
+            public_key: self.public_key,
+            pool_url: self.pool_url.clone(),
+            endpoint: node.public_endpoint.map(|endpoint| endpoint.to_string()),
+            port: node.port,
+            probe_port: node.probe_port,
+            public_probe: node.public_probe.map(|probe| probe.to_string()),
+            region: node.region.clone(),
+            pool_key: self.pool_key,
+            pool_key_learned: Arc::new(move |key| {
+                if let Err(error) = pin.store_pool_key(&key) {
+                    tracing::error!("pinning the pool's key: {error}: it is learned anew at the next start");
+                }
+            }),
+            http: self.http.clone(),
+            host: self.host.clone(),
+            tunnel: Arc::new(|config| Box::pin(UserspaceTunnel::create(config))),
+            resolvers: Vec::<SocketAddr>::new(),
+            audit: Arc::new(move |event| events.record(&event)),
+            status: self.status.clone(),
+        }
+    }
+}
+
+/// Is a provider until told to end; what fails is taken down and begun again after a pause.
+async fn serve(mut plan: Plan, end: CancellationToken) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let begun = Instant::now();
+        match provider::run(plan.provider(), end.clone()).await {
+            Ok(()) => return,
+            Err(error) => tracing::error!("the provider side failed, trying again: {}", crate::run::chain(&error)),
+        }
+        if begun.elapsed() > LONGEST_PAUSE {
+            pause = FIRST_PAUSE;
+        }
+        // A key learned meanwhile is the pinned one from now on.
+        if plan.pool_key.is_none() {
+            plan.pool_key = plan.state.pool_key().unwrap_or_default();
+        }
+        tokio::select! {
+            () = end.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

@@ -15,6 +15,7 @@ use dvpn_core::{
 };
 use futures::StreamExt as _;
 use jiff::Timestamp;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rand::{TryRng as _, rngs::SysRng};
 use tokio::{
     net::TcpListener,
@@ -139,6 +140,7 @@ pub fn serve(arguments: Arguments, config: Config) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return complain(&format!("{error:#}")),
     };
+    raise_descriptor_limit();
     let ended = runtime.block_on(service(arguments, config, tail));
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     match ended {
@@ -147,6 +149,14 @@ pub fn serve(arguments: Arguments, config: Config) -> ExitCode {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// The proxy's connections need descriptors: the soft limit is raised to the hard one.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!("raising the limit of open files: {error}");
     }
 }
 
@@ -229,7 +239,7 @@ async fn listen(address: std::net::SocketAddr, setting: &str) -> anyhow::Result<
 
 /// The provider side, if its owner opted in. Whatever goes wrong with it, the client side goes on.
 async fn start_node(
-    config: &Config,
+    config: &Arc<Config>,
     state: &State,
     host: &Host,
     client: &http::Client,

@@ -60,13 +60,11 @@ impl<K: Hash + Eq + Clone> Limiter<K> {
 
     /// [`Self::blocked`], and counts the event if it is not.
     pub fn take(&self, key: &K, now: Instant) -> Result<(), Duration> {
-        match self.blocked(key, now) {
-            Some(wait) => Err(wait),
-            None => {
-                self.count(key, now);
-                Ok(())
-            }
+        if let Some(wait) = self.blocked(key, now) {
+            return Err(wait);
         }
+        self.count(key, now);
+        Ok(())
     }
 }
 
@@ -93,7 +91,7 @@ mod tests {
 
     #[test]
     fn a_source_that_failed_too_often_waits_for_the_end_of_the_window() {
-        let limiter = Limiter::new(2, Duration::from_secs(60), 10);
+        let limiter = Limiter::new(2, Duration::from_mins(1), 10);
         let start = Instant::now();
         assert!(limiter.take(&1, start).is_ok());
         assert!(limiter.take(&1, start).is_ok());
@@ -102,12 +100,12 @@ mod tests {
             Err(Duration::from_secs(40))
         );
         assert!(limiter.take(&2, start).is_ok());
-        assert!(limiter.take(&1, start + Duration::from_secs(60)).is_ok());
+        assert!(limiter.take(&1, start + Duration::from_mins(1)).is_ok());
     }
 
     #[test]
     fn memory_is_bounded_and_the_worst_stay_blocked() {
-        let limiter = Limiter::new(3, Duration::from_secs(60), 100);
+        let limiter = Limiter::new(3, Duration::from_mins(1), 100);
         let now = Instant::now();
         for _ in 0..3 {
             limiter.count(&0_u32, now);

@@ -301,13 +301,15 @@ impl Live {
         let Some(live) = state.nodes.get_mut(id) else { return };
         live.heard = Some(now);
         live.stalled_at.take_if(|sequence| *sequence <= ack.sequence);
-        let (answered, waiting) = std::mem::take(&mut live.waiters)
-            .into_iter()
-            .partition(|waiter: &Waiter| {
-                waiter.sequence <= ack.sequence || ack.refused.iter().any(|refused| refused.public_key == waiter.client)
-            });
+        let (answered, waiting): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut live.waiters)
+                .into_iter()
+                .partition(|waiter: &Waiter| {
+                    waiter.sequence <= ack.sequence
+                        || ack.refused.iter().any(|refused| refused.public_key == waiter.client)
+                });
         live.waiters = waiting;
-        for waiter in Vec::<Waiter>::from(answered) {
+        for waiter in answered {
             let refused = ack.refused.iter().find(|refused| refused.public_key == waiter.client);
             let result = refused.map_or(Ok(()), |refused| Err(refused.reason.clone()));
             // Nobody waits any more when the time was up.

@@ -50,17 +50,13 @@ impl Networks {
     /// The networks of the node with this index.
     pub fn of(ula: UlaId, index: u32) -> Self {
         let v4 = V4_BASE + ((index % V4_NETWORKS) << (32 - u32::from(V4_PREFIX)));
-        let [a, b, c, d, e] = ula.0;
-        let [.., high, low] = index.to_be_bytes();
-        let mut bytes = [0_u8; 16];
-        bytes
-            .iter_mut()
-            .zip([0xfd, a, b, c, d, e, high, low])
-            .for_each(|(to, from)| *to = from);
-        Self {
-            v4,
-            v6: u128::from_be_bytes(bytes),
-        }
+        // fd, 40 bits of the pool, 16 bits of the node, 64 bits of the host.
+        let pool = ula
+            .0
+            .iter()
+            .fold(0xfd_u128, |prefix, byte| (prefix << 8) | u128::from(*byte));
+        let v6 = (pool << 80) | (u128::from(index & 0xffff) << 64);
+        Self { v4, v6 }
     }
 
     /// The node's own address in each, with the prefix length of the network: `10.96.0.1/20`, `fd…::1/64`.

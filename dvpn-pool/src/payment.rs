@@ -41,11 +41,11 @@ pub async fn open_checkout(pool: &Pool, user: &UserId) -> Result<CheckoutRow, Re
     let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
     let expires_at = now
         .checked_add(pool.config.timing.quote_life)
-        .map_err(|_| Refusal::unavailable("the pool's clock is out of range"))?;
+        .map_err(|_overflow| Refusal::unavailable("the pool's clock is out of range"))?;
     let base = price_sats(DEVELOPMENT_RATE_CENTS).ok_or_else(|| Refusal::unavailable("there is no exchange rate"))?;
     let id: CheckoutId = crate::hex::encode(&rand::random::<[u8; 16]>())
         .parse()
-        .map_err(|_| Refusal::unavailable("no checkout id could be made"))?;
+        .map_err(|_never| Refusal::unavailable("no checkout id could be made"))?;
     match pool
         .store
         .open_checkout(user, &id, &amounts(base), now, expires_at)
@@ -77,7 +77,7 @@ pub async fn mint_token(
 ) -> Result<Option<Zeroizing<String>>, Refusal> {
     let mut random = Zeroizing::new([0_u8; 32]);
     aws_lc_rs::rand::fill(random.as_mut_slice())
-        .map_err(|_| Refusal::unavailable("the pool has no random numbers; try again"))?;
+        .map_err(|_unspecified| Refusal::unavailable("the pool has no random numbers; try again"))?;
     let digits = Zeroizing::new(crate::hex::encode(random.as_slice()));
     let token = Zeroizing::new(format!("{DEVELOPMENT_TOKEN_PREFIX}{}", digits.as_str()));
     let expires_at = a_month_after(paid_at).ok_or_else(|| Refusal::unavailable("the pool's clock is out of range"))?;

@@ -240,7 +240,7 @@ async fn sweep(pool: Arc<Pool>) {
         ticks.tick().await;
         round = round.wrapping_add(1);
         let mut done = pool.sweep().await;
-        if done.is_ok() && round % SWEEPS_PER_CLEANING == 0 {
+        if done.is_ok() && round.is_multiple_of(SWEEPS_PER_CLEANING) {
             done = pool.store.forget_old_payments(jiff::Timestamp::now()).await;
         }
         if let Err(error) = done {

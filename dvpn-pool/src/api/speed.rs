@@ -56,7 +56,7 @@ fn slot() -> Result<OwnedSemaphorePermit, Refusal> {
     SLOTS
         .clone()
         .try_acquire_owned()
-        .map_err(|_| Refusal::unavailable("too many speed tests are running; wait"))
+        .map_err(|_full| Refusal::unavailable("too many speed tests are running; wait"))
 }
 
 /// `GET /speed?bytes=N`
@@ -103,7 +103,7 @@ pub async fn swallow(request: Request) -> Result<Json<Swallowed>, Refusal> {
     let mut bytes = 0_u64;
     let all = async {
         while let Some(chunk) = body.next().await {
-            let chunk = chunk.map_err(|_| Refusal::bad_request("the body ended early"))?;
+            let chunk = chunk.map_err(|_gone| Refusal::bad_request("the body ended early"))?;
             bytes += chunk.len() as u64;
             if bytes > MAX_BYTES {
                 return Err(Refusal::new(

@@ -44,7 +44,7 @@ pub enum RegisterOutcome {
     /// Stored. `removed` are the peers that went because the WireGuard key changed.
     Stored {
         /// The node as it is now.
-        node: Node,
+        node: Box<Node>,
         /// Peers whose approval named the old key.
         removed: Vec<Removed>,
     },
@@ -140,7 +140,7 @@ impl Store {
         };
         if node == known && now.as_second() < seen_at.saturating_add(SEEN_RESOLUTION_SECONDS) {
             return Ok(RegisterOutcome::Stored {
-                node,
+                node: node.into(),
                 removed: Vec::new(),
             });
         }
@@ -164,7 +164,10 @@ impl Store {
             .await
             .map_err(query("update a node"))?;
         commit(change).await?;
-        Ok(RegisterOutcome::Stored { node, removed })
+        Ok(RegisterOutcome::Stored {
+            node: node.into(),
+            removed,
+        })
     }
 
     async fn insert(&self, wanted: &Node, now: Timestamp) -> Result<RegisterOutcome, Error> {
@@ -208,7 +211,7 @@ impl Store {
         .map_err(query("store a node"))?;
         commit(change).await?;
         Ok(RegisterOutcome::Stored {
-            node,
+            node: node.into(),
             removed: Vec::new(),
         })
     }

@@ -1,0 +1,16 @@
+//! The pool as its clients and nodes meet it: a real server, real TLS, real signatures, echoes and event streams.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test crate: the helpers of the tests fail as the tests do"
+)]
+
+mod approvals;
+mod node;
+mod nodes;
+mod payments;
+mod process;
+mod support;

@@ -232,8 +232,15 @@ impl Live {
         }
     }
 
-    /// Begins a stream with `snapshot`; an older stream of the node ends. It is a sign of life like a heartbeat.
-    pub fn open_stream(&self, id: &ProviderId, snapshot: Snapshot, now: Instant) -> Result<StreamEnd, Refusal> {
+    /// Begins a stream with `snapshot`; an older stream of the node ends. It is a sign of life like a heartbeat, and
+    /// `same_address` tells as much as with a registration: a restarted pool waits for none.
+    pub fn open_stream(
+        &self,
+        id: &ProviderId,
+        snapshot: Snapshot,
+        same_address: bool,
+        now: Instant,
+    ) -> Result<StreamEnd, Refusal> {
         let mut state = self.state();
         if state.closed {
             return Err(Refusal::unavailable("the pool is stopping"));
@@ -252,6 +259,7 @@ impl Live {
         live.stream_seen = Some(now);
         live.heard = Some(now);
         live.stalled_at = None;
+        live.same_address |= same_address;
         self.review(&mut state, id, now);
         Ok(StreamEnd {
             events: receiver,

@@ -48,7 +48,10 @@ pub async fn events(
                 networks: networks.of_node(),
                 peers,
             };
-            let end = pool.live.open_stream(&node.id, snapshot, Instant::now())?;
+            let same_address = node.endpoint.ip() == request.source;
+            let end = pool
+                .live
+                .open_stream(&node.id, snapshot, same_address, Instant::now())?;
             drop(order);
             // After a restart of the pool the node is checked now, and not only at its next heartbeat.
             let (checked, checking) = (node.id.clone(), pool.clone());

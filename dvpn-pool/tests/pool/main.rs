@@ -1,6 +1,7 @@
 //! The pool as its clients and nodes meet it: a real server, real TLS, real signatures, echoes and event streams.
 
 #![allow(
+    unreachable_pub,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

@@ -44,7 +44,11 @@ impl Audit {
     /// Opens the journal when the daemon runs under systemd, standard output otherwise. `run` names this run of the
     /// daemon.
     pub fn open(run: String) -> Self {
-        let sink = if std::env::var_os("JOURNAL_STREAM").is_some() { Sink::Journal } else { Sink::Output };
+        let sink = if std::env::var_os("JOURNAL_STREAM").is_some() {
+            Sink::Journal
+        } else {
+            Sink::Output
+        };
         Self(Arc::new(Mutex::new(Stream { run, sequence: 0, sink })))
     }
 
@@ -52,7 +56,12 @@ impl Audit {
     pub fn record<E: Serialize>(&self, event: &E) {
         let mut stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         stream.sequence += 1;
-        let record = Record { run: &stream.run, sequence: stream.sequence, time: Timestamp::now(), event };
+        let record = Record {
+            run: &stream.run,
+            sequence: stream.sequence,
+            time: Timestamp::now(),
+            event,
+        };
         match serde_json::to_string(&record) {
             Ok(line) => stream.sink.write(&line),
             Err(error) => tracing::error!("an audit event could not be written as JSON: {error}"),
@@ -84,18 +93,27 @@ impl Sink {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dvpn_core::audit::Event;
     use dvpn_common::status::StateName;
+    use dvpn_core::audit::Event;
 
     #[test]
     fn events_are_numbered_json_lines() {
-        let stream = Stream { run: "r1".into(), sequence: 0, sink: Sink::Memory(Vec::new()) };
+        let stream = Stream {
+            run: "r1".into(),
+            sequence: 0,
+            sink: Sink::Memory(Vec::new()),
+        };
         let audit = Audit(Arc::new(Mutex::new(stream)));
-        let event = Event::StateChanged { from: StateName::Disconnected, to: StateName::Discovering };
+        let event = Event::StateChanged {
+            from: StateName::Disconnected,
+            to: StateName::Discovering,
+        };
         audit.record(&event);
         audit.record(&event);
         let stream = audit.0.lock().unwrap();
-        let Sink::Memory(lines) = &stream.sink else { panic!("memory") };
+        let Sink::Memory(lines) = &stream.sink else {
+            panic!("memory")
+        };
         let second: serde_json::Value = serde_json::from_str(&lines[1]).unwrap();
         assert_eq!(second["sequence"], 2);
         assert_eq!(second["run"], "r1");

@@ -71,7 +71,10 @@ pub fn init(filter: &str) -> Result<Tail, String> {
     } else {
         Box::new(format.with_writer(io::stderr))
     };
-    let memory = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false).with_writer(tail.clone());
+    let memory = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(tail.clone());
     tracing_subscriber::registry()
         .with(filter)
         .with(screen)

@@ -8,11 +8,11 @@ use std::{
 use tempfile::TempDir;
 
 /// A folder of PEM files that goes away with the test.
-pub struct Certificates(TempDir);
+pub(crate) struct Certificates(TempDir);
 
 impl Certificates {
     /// Two authorities: `ca` and `stranger`.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let this = Self(TempDir::new().unwrap());
         for name in ["ca", "stranger"] {
             this.openssl(&format!(
@@ -23,13 +23,13 @@ impl Certificates {
         this
     }
 
-    pub fn path(&self, file: &str) -> PathBuf {
+    pub(crate) fn path(&self, file: &str) -> PathBuf {
         self.0.path().join(file)
     }
 
     /// A leaf for these names (`IP:127.0.0.1`, `DNS:pool.test`), signed by this authority, valid between two dates
     /// (`YYYYMMDDHHMMSSZ`) or from now on.
-    pub fn leaf(&self, authority: &str, names: &str, dates: Option<(&str, &str)>) -> (PathBuf, PathBuf) {
+    pub(crate) fn leaf(&self, authority: &str, names: &str, dates: Option<(&str, &str)>) -> (PathBuf, PathBuf) {
         std::fs::write(
             self.path("ca.cnf"),
             format!(
@@ -59,13 +59,13 @@ impl Certificates {
             .current_dir(self.0.path()));
     }
 
-    pub fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         self.0.path()
     }
 }
 
 /// Runs a program to its end; its words are shown if it fails.
-pub fn run(command: &mut Command) {
+pub(crate) fn run(command: &mut Command) {
     let output = command.output().expect("the program is installed");
     assert!(
         output.status.success(),

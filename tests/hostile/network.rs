@@ -23,22 +23,22 @@ use tokio::{
 use crate::certificates::run;
 
 /// Near's address in the tunnel.
-pub const NEAR: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 2);
+pub(crate) const NEAR: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 2);
 /// Far's address in the tunnel: the gateway, where names resolve.
-pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 /// A server on the Internet.
-pub const SERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 80);
+pub(crate) const SERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 80);
 /// Far's address on the uplink.
 const UPLINK_FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// The namespaces; they go when this is dropped.
-pub struct Network {
+pub(crate) struct Network {
     near: String,
     far: String,
 }
 
 impl Network {
-    pub fn new(test: &str) -> Self {
+    pub(crate) fn new(test: &str) -> Self {
         let this = Self {
             near: format!("dvpn-{test}-n{}", std::process::id()),
             far: format!("dvpn-{test}-f{}", std::process::id()),
@@ -70,7 +70,7 @@ impl Network {
     }
 
     /// Runs something in near, on a thread of its own.
-    pub fn near<T: Send + 'static>(&self, body: impl Future<Output = T> + Send + 'static) -> T {
+    pub(crate) fn near<T: Send + 'static>(&self, body: impl Future<Output = T> + Send + 'static) -> T {
         match enter(&self.near, body).join() {
             Ok(value) => value,
             Err(panic) => std::panic::resume_unwind(panic),
@@ -79,7 +79,7 @@ impl Network {
 
     /// Starts the Internet: TCP and UDP echo on port 7, which first say (TCP) or prefix (UDP) the source address, and
     /// names at the gateway. It ends with the process.
-    pub fn start_far(&self) {
+    pub(crate) fn start_far(&self) {
         let (ready, wait) = mpsc::channel();
         enter(&self.far, async move {
             let tcp = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 7)).await.unwrap();
@@ -100,7 +100,7 @@ impl Drop for Network {
     }
 }
 
-pub fn ip(line: &str) {
+fn ip(line: &str) {
     run(Command::new("ip").args(line.split_whitespace()));
 }
 
@@ -181,13 +181,13 @@ async fn names(socket: UdpSocket) {
 }
 
 /// Counts IPv4 packets on one interface of the namespace it is opened in.
-pub struct Capture {
+pub(crate) struct Capture {
     socket: OwnedFd,
     index: usize,
 }
 
 impl Capture {
-    pub fn open(interface: &str) -> Self {
+    pub(crate) fn open(interface: &str) -> Self {
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll).unwrap();
         Self {
@@ -197,7 +197,7 @@ impl Capture {
     }
 
     /// Packets since the last call.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         let mut frame = [0; 2048];
         let mut seen = 0;
         while let Ok((length, Some(from))) = recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut frame) {
@@ -207,7 +207,7 @@ impl Capture {
     }
 
     /// Proves that the capture works: one packet is sent past the proxy and must be seen.
-    pub async fn prove(&self) {
+    pub(crate) async fn prove(&self) {
         let leak = UdpSocket::bind("0.0.0.0:0").await.unwrap();
         leak.send_to(b"leak", SocketAddr::new(SERVER.into(), 9)).await.unwrap();
         let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(5);

@@ -42,7 +42,11 @@ async fn caller(header: &Header<'_>, connection: &Connection) -> fdo::Result<Cal
     let denied = || fdo::Error::AccessDenied("the bus does not say who is calling".into());
     let sender = header.sender().ok_or_else(denied)?.to_owned();
     let bus = fdo::DBusProxy::new(connection).await?;
-    let uid = bus.get_connection_unix_user(sender.into()).await.ok().ok_or_else(denied)?;
+    let uid = bus
+        .get_connection_unix_user(sender.into())
+        .await
+        .ok()
+        .ok_or_else(denied)?;
     Ok(Caller { uid })
 }
 
@@ -74,7 +78,10 @@ impl Daemon {
         #[zbus(header)] header: Header<'_>,
         #[zbus(connection)] connection: &Connection,
     ) -> fdo::Result<()> {
-        Ok(self.control.choose(caller(&header, connection).await?, &only, &exclude).await?)
+        Ok(self
+            .control
+            .choose(caller(&header, connection).await?, &only, &exclude)
+            .await?)
     }
 
     /// The last `lines` lines of the log.
@@ -96,7 +103,9 @@ impl Daemon {
         let checkout = self.control.payments(caller(&header, connection).await?).await?;
         let mut reply = HashMap::new();
         for (key, value) in checkout.fields() {
-            let value = Value::from(value).try_into_owned().map_err(|error| fdo::Error::Failed(error.to_string()))?;
+            let value = Value::from(value)
+                .try_into_owned()
+                .map_err(|error| fdo::Error::Failed(error.to_string()))?;
             reply.insert(key.to_owned(), value);
         }
         Ok(reply)
@@ -149,8 +158,13 @@ impl Daemon {
 /// it gives the name back.
 pub async fn serve(control: Control) -> zbus::Result<Connection> {
     let status = control.status();
-    let connection = connection::Builder::system()?.serve_at(PATH, Daemon { control })?.build().await?;
-    connection.request_name_with_flags(NAME, RequestNameFlags::DoNotQueue.into()).await?;
+    let connection = connection::Builder::system()?
+        .serve_at(PATH, Daemon { control })?
+        .build()
+        .await?;
+    connection
+        .request_name_with_flags(NAME, RequestNameFlags::DoNotQueue.into())
+        .await?;
     let interface = connection.object_server().interface::<_, Daemon>(PATH).await?;
     tokio::spawn(announce(interface, status));
     Ok(connection)

@@ -55,7 +55,9 @@ impl Guard {
     fn admit(&self, request: &Request) -> Result<(), StatusCode> {
         let header = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
         if let Some(token) = &self.token {
-            let given = header(header::AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer ")).unwrap_or("");
+            let given = header(header::AUTHORIZATION)
+                .and_then(|value| value.strip_prefix("Bearer "))
+                .unwrap_or("");
             return match verify_slices_are_equal(given.as_bytes(), token.expose().as_bytes()) {
                 Ok(()) => Ok(()),
                 Err(_) => Err(StatusCode::UNAUTHORIZED),
@@ -97,7 +99,12 @@ pub async fn serve(
     refresh: Arc<dyn Fn() + Send + Sync>,
 ) {
     let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
-    let pages = Pages { status, metrics, refresh, guard: Arc::new(Guard { loopback, token }) };
+    let pages = Pages {
+        status,
+        metrics,
+        refresh,
+        guard: Arc::new(Guard { loopback, token }),
+    };
     let router = Router::new()
         .route("/health", get(health))
         .route("/metrics", get(metrics_page))
@@ -105,7 +112,9 @@ pub async fn serve(
         .with_state(pages);
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let router = router.clone();
@@ -136,16 +145,22 @@ async fn connection(stream: TcpStream, router: Router) {
 async fn admit(State(pages): State<Pages>, request: Request, next: Next) -> Response {
     match pages.guard.admit(&request) {
         Ok(()) => next.run(request).await,
-        Err(StatusCode::UNAUTHORIZED) => {
-            (StatusCode::UNAUTHORIZED, "send Authorization: Bearer with the CONTROL_TOKEN\n").into_response()
-        }
+        Err(StatusCode::UNAUTHORIZED) => (
+            StatusCode::UNAUTHORIZED,
+            "send Authorization: Bearer with the CONTROL_TOKEN\n",
+        )
+            .into_response(),
         Err(code) => (code, "ask by a loopback name: http://127.0.0.1 or http://localhost\n").into_response(),
     }
 }
 
 async fn health(State(pages): State<Pages>) -> Response {
     let status = pages.status.borrow().clone();
-    let code = if is_healthy(&status) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let code = if is_healthy(&status) {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
     (code, [(header::CACHE_CONTROL, "no-store")], Json(status)).into_response()
 }
 
@@ -154,7 +169,11 @@ async fn metrics_page(State(pages): State<Pages>) -> Response {
     pages.metrics.observe(&pages.status.borrow());
     match pages.metrics.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("encoding the metrics: {error}\n")).into_response(),
+        Err(error) => (
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("encoding the metrics: {error}\n"),
+        )
+            .into_response(),
     }
 }
 
@@ -164,10 +183,25 @@ mod tests {
 
     #[test]
     fn only_loopback_names_pass_the_host_check() {
-        for good in ["localhost", "LOCALHOST:9808", "127.0.0.1", "127.0.0.1:9808", "127.9.9.9:1", "[::1]:9808", "[::1]"] {
+        for good in [
+            "localhost",
+            "LOCALHOST:9808",
+            "127.0.0.1",
+            "127.0.0.1:9808",
+            "127.9.9.9:1",
+            "[::1]:9808",
+            "[::1]",
+        ] {
             assert!(is_loopback_host(good), "{good}");
         }
-        for bad in ["", "example.org", "localhost.example.org", "127.0.0.1.example.org:80", "10.0.0.1:9808", "[fe80::1]"] {
+        for bad in [
+            "",
+            "example.org",
+            "localhost.example.org",
+            "127.0.0.1.example.org:80",
+            "10.0.0.1:9808",
+            "[fe80::1]",
+        ] {
             assert!(!is_loopback_host(bad), "{bad}");
         }
     }

@@ -4,9 +4,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use dvpn_common::status::{StateName, Status};
 use dvpn_core::session::Traffic;
-use prometheus::{
-    Encoder as _, GaugeVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
-};
+use prometheus::{Encoder as _, GaugeVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 /// Every metric of the daemon; clones share them.
 #[derive(Clone)]
@@ -39,8 +37,14 @@ impl Metrics {
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let inner = Inner {
             state: gauges("dvpn_session_state", "1 for the state the session is in", &["state"])?,
-            attempts: gauge("dvpn_session_attempts_total", "Attempts to connect since the daemon started")?,
-            switches: gauge("dvpn_session_switches_total", "Changes of provider that nobody asked for")?,
+            attempts: gauge(
+                "dvpn_session_attempts_total",
+                "Attempts to connect since the daemon started",
+            )?,
+            switches: gauge(
+                "dvpn_session_switches_total",
+                "Changes of provider that nobody asked for",
+            )?,
             latency: register(
                 &registry,
                 GaugeVec::new(
@@ -61,7 +65,11 @@ impl Metrics {
                 &["interface", "direction"],
             )?,
             provider_peers: gauge("dvpn_provider_peers", "Approved clients on this node")?,
-            proxy: gauges("dvpn_socks5", "What the proxy counts; all but active only grow", &["what"])?,
+            proxy: gauges(
+                "dvpn_socks5",
+                "What the proxy counts; all but active only grow",
+                &["what"],
+            )?,
             registry,
         };
         Ok(Self(Arc::new(inner)))
@@ -70,7 +78,10 @@ impl Metrics {
     /// Takes over what the status says.
     pub fn observe(&self, status: &Status) {
         for state in StateName::ALL {
-            self.0.state.with_label_values(&[state.as_str()]).set(i64::from(state == status.state));
+            self.0
+                .state
+                .with_label_values(&[state.as_str()])
+                .set(i64::from(state == status.state));
         }
         self.0.attempts.set(i64::try_from(status.attempts).unwrap_or(i64::MAX));
         self.0.switches.set(i64::try_from(status.switches).unwrap_or(i64::MAX));
@@ -92,7 +103,9 @@ impl Metrics {
     /// Shows what the eBPF programs counted on `interface`.
     pub fn show_interface(&self, interface: &str, direction: &str, counter: dvpn_common::abi::Counter) {
         let show = |gauge: &IntGaugeVec, value: u64| {
-            gauge.with_label_values(&[interface, direction]).set(i64::try_from(value).unwrap_or(i64::MAX));
+            gauge
+                .with_label_values(&[interface, direction])
+                .set(i64::try_from(value).unwrap_or(i64::MAX));
         };
         show(&self.0.interface_packets, counter.packets);
         show(&self.0.interface_bytes, counter.bytes);
@@ -145,6 +158,11 @@ mod tests {
         metrics.count_traffic(at(0), at(100));
         metrics.count_traffic(at(100), at(0)); // a new tunnel counts from zero
         metrics.count_traffic(at(0), at(5));
-        assert!(metrics.encode().unwrap().contains("dvpn_tunnel_received_bytes_total 105"));
+        assert!(
+            metrics
+                .encode()
+                .unwrap()
+                .contains("dvpn_tunnel_received_bytes_total 105")
+        );
     }
 }

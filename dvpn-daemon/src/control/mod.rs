@@ -81,7 +81,14 @@ impl Control {
         payments: Payments,
         own_uid: u32,
     ) -> Self {
-        Self { commands, status, tail, audit, payments, own_uid }
+        Self {
+            commands,
+            status,
+            tail,
+            audit,
+            payments,
+            own_uid,
+        }
     }
 
     /// The status, as a channel that wakes on change.
@@ -136,9 +143,17 @@ impl Control {
         let allowed = caller.uid == 0 || caller.uid == self.own_uid;
         // Reading changes nothing; only a denied read is worth a record.
         if !(allowed && matches!(command, "logs" | "status")) {
-            self.audit.record(&Event::Command { command: command.to_owned(), uid: Some(caller.uid), allowed });
+            self.audit.record(&Event::Command {
+                command: command.to_owned(),
+                uid: Some(caller.uid),
+                allowed,
+            });
         }
-        if allowed { Ok(()) } else { Err(Error::Denied { uid: caller.uid }) }
+        if allowed {
+            Ok(())
+        } else {
+            Err(Error::Denied { uid: caller.uid })
+        }
     }
 
     async fn send(&self, command: impl FnOnce(oneshot::Sender<()>) -> Command) -> Result<(), Error> {

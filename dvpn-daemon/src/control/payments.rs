@@ -68,7 +68,10 @@ impl Checkout {
             ("expires_at", self.expires_at.map(|time| time.to_string())),
             ("confirmations", self.confirmations),
         ];
-        known.into_iter().filter_map(|(name, value)| value.map(|value| (name, value))).collect()
+        known
+            .into_iter()
+            .filter_map(|(name, value)| value.map(|value| (name, value)))
+            .collect()
     }
 }
 
@@ -82,12 +85,20 @@ struct Open {
 }
 
 fn pending() -> CheckoutStatus {
-    CheckoutStatus { status: CheckoutState::Pending, confirmations: None, required_confirmations: None, token: None }
+    CheckoutStatus {
+        status: CheckoutState::Pending,
+        confirmations: None,
+        required_confirmations: None,
+        token: None,
+    }
 }
 
 impl Open {
     fn ends_at(&self) -> Timestamp {
-        let end = self.response.expires_at.or_else(|| self.begun_at.checked_add(DEFAULT_LIFE).ok());
+        let end = self
+            .response
+            .expires_at
+            .or_else(|| self.begun_at.checked_add(DEFAULT_LIFE).ok());
         end.unwrap_or(self.begun_at)
     }
     /// Whether a person may still be told to pay this.
@@ -139,7 +150,13 @@ struct Inner {
 impl Payments {
     /// `server` is nothing while `PAYMENT_API_URL` is not set. `development` accepts tokens made without a payment.
     pub fn new(server: Option<Payment>, state: State, audit: Audit, development: bool) -> Self {
-        Self(Arc::new(Inner { server, state, audit, development, open: Mutex::new(None) }))
+        Self(Arc::new(Inner {
+            server,
+            state,
+            audit,
+            development,
+            open: Mutex::new(None),
+        }))
     }
 
     /// Goes on with a checkout that an earlier run began.
@@ -178,16 +195,28 @@ impl Payments {
             required_price_usd: REQUIRED_PRICE_USD,
             required_interval: REQUIRED_INTERVAL.to_owned(),
         };
-        let (status, body) =
-            server.checkout_start(&request).await.map_err(|error| Error::Server(error.to_string()))?;
+        let (status, body) = server
+            .checkout_start(&request)
+            .await
+            .map_err(|error| Error::Server(error.to_string()))?;
         if !(200..300).contains(&status) {
-            return Err(Error::Server(format!("the payment server answered {status}: try again later")));
+            return Err(Error::Server(format!(
+                "the payment server answered {status}: try again later"
+            )));
         }
         let response = serde_json::from_slice::<CheckoutResponse>(&body)
             .map_err(|error| Error::Server(format!("the answer does not read ({error}): tell its operator")))?;
-        let open = Open { response, begun_at: Timestamp::now(), progress: pending() };
+        let open = Open {
+            response,
+            begun_at: Timestamp::now(),
+            progress: pending(),
+        };
         let record = serde_json::to_vec(&open).map_err(|error| Error::State(error.to_string()))?;
-        self.0.state.store_checkout(&zeroize::Zeroizing::new(record)).await.map_err(state_error)?;
+        self.0
+            .state
+            .store_checkout(&zeroize::Zeroizing::new(record))
+            .await
+            .map_err(state_error)?;
         let following = slot.is_some();
         let shown = open.shown();
         *slot = Some(open);
@@ -211,12 +240,16 @@ impl Payments {
         let Some(server) = self.0.server.clone() else { return };
         for poll in 0_u32.. {
             tokio::time::sleep(if poll < FAST_POLLS { FAST_POLL } else { SLOW_POLL }).await;
-            let Some(open) = self.0.open.lock().await.clone() else { return };
+            let Some(open) = self.0.open.lock().await.clone() else {
+                return;
+            };
             if !open.is_worth_asking(Timestamp::now()) {
                 tracing::info!("the checkout {} ended unpaid", open.response.session_id);
                 return self.forget().await;
             }
-            let asked = server.checkout_status(&open.response.session_id, open.response.secret.as_deref()).await;
+            let asked = server
+                .checkout_status(&open.response.session_id, open.response.secret.as_deref())
+                .await;
             let progress = match asked {
                 Ok((200..=299, body)) => match serde_json::from_slice::<CheckoutStatus>(&body) {
                     Ok(progress) => progress,

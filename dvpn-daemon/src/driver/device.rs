@@ -29,7 +29,8 @@ use crate::{
     host::{ClientGuard, ClientNetwork, Host},
     socks5::TunnelPath,
     tunnel::{
-        CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Tunnel, TunnelConfig, userspace::UserspaceTunnel,
+        CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Tunnel, TunnelConfig,
+        userspace::UserspaceTunnel,
     },
 };
 
@@ -151,7 +152,11 @@ fn failure(what: &str, error: &dyn std::error::Error, how: &str) -> Failure {
         what.push_str(&cause.to_string());
         source = cause.source();
     }
-    Failure { what, how: how.to_owned(), retry: Retry::Backoff }
+    Failure {
+        what,
+        how: how.to_owned(),
+        retry: Retry::Backoff,
+    }
 }
 
 /// The MTU of the route to `endpoint`, as the kernel tells a connected socket (`IP_MTU`, ip(7)); nothing for IPv6, where
@@ -162,7 +167,10 @@ fn route_mtu(endpoint: SocketAddr) -> Option<u32> {
     }
     let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)).ok()?;
     socket.connect(endpoint).ok()?;
-    nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::IpMtu).ok()?.try_into().ok()
+    nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::IpMtu)
+        .ok()?
+        .try_into()
+        .ok()
 }
 
 /// The tunnel's MTU: the route's, less WireGuard's 60 or 80 bytes, between the floor and the usual 1420.
@@ -198,8 +206,9 @@ async fn configure(
         }],
     };
     let cure = "the daemon needs CAP_NET_ADMIN; dvpn-daemon --cleanup removes what an earlier run left";
-    let tunnel =
-        UserspaceTunnel::create(config).await.map_err(|error| failure("making the tunnel", &error, cure))?;
+    let tunnel = UserspaceTunnel::create(config)
+        .await
+        .map_err(|error| failure("making the tunnel", &error, cure))?;
     let tunnel = Arc::new(tunnel);
     // Counting comes before the interface is up: no packet is missed. It is not needed for the tunnel to be safe.
     match ebpf::Counters::attach(CLIENT_INTERFACE, &surroundings.bpf_directory) {
@@ -207,7 +216,10 @@ async fn configure(
         Err(error) => tracing::info!("no packet counters on {CLIENT_INTERFACE}: {error}"),
     }
     let addresses: Vec<_> = approval.addresses().iter().map(IpNetwork::ip).collect();
-    let guard = ClientGuard { interface: CLIENT_INTERFACE.to_owned(), addresses: addresses.clone() };
+    let guard = ClientGuard {
+        interface: CLIENT_INTERFACE.to_owned(),
+        addresses: addresses.clone(),
+    };
     // The guard comes before the address it guards.
     surroundings
         .host
@@ -225,11 +237,20 @@ async fn configure(
         .await
         .map_err(|error| failure("configuring the tunnel's interface", &error, cure))?;
     let dns = if surroundings.dns.is_empty() {
-        approval.gateways().iter().map(|gateway| SocketAddr::new(*gateway, 53)).collect()
+        approval
+            .gateways()
+            .iter()
+            .map(|gateway| SocketAddr::new(*gateway, 53))
+            .collect()
     } else {
         surroundings.dns.clone()
     };
-    let carried = |address: &SocketAddr| approval.addresses().iter().any(|ours| ours.is_ipv4() == address.is_ipv4());
+    let carried = |address: &SocketAddr| {
+        approval
+            .addresses()
+            .iter()
+            .any(|ours| ours.is_ipv4() == address.is_ipv4())
+    };
     let dns: Vec<SocketAddr> = dns.into_iter().filter(carried).collect();
     let path = TunnelPath::new(CLIENT_INTERFACE, &addresses, approval.gateways(), &dns)
         .map(Arc::new)
@@ -243,7 +264,13 @@ async fn configure(
         path,
         tasks: JoinSet::new(),
     };
-    device.spawn(observe(tunnel, provider.public_key, attempt, inputs.clone(), surroundings.metrics.clone()));
+    device.spawn(observe(
+        tunnel,
+        provider.public_key,
+        attempt,
+        inputs.clone(),
+        surroundings.metrics.clone(),
+    ));
     Ok(device)
 }
 
@@ -279,8 +306,13 @@ async fn observe(
         loop {
             ticks.tick().await;
             let Ok(stats) = tunnel.stats().await else { continue };
-            let Some(stats) = stats.iter().find(|stats| stats.public_key == peer) else { continue };
-            let now = Traffic { tx_bytes: stats.tx_bytes, rx_bytes: stats.rx_bytes };
+            let Some(stats) = stats.iter().find(|stats| stats.public_key == peer) else {
+                continue;
+            };
+            let now = Traffic {
+                tx_bytes: stats.tx_bytes,
+                rx_bytes: stats.rx_bytes,
+            };
             metrics.count_traffic(before, now);
             before = now;
             tell(&inputs, Input::TrafficSampled(attempt, now)).await;
@@ -302,7 +334,13 @@ async fn observe(
 /// A question inside the tunnel. Where no name server is known, the handshake is the question.
 fn probe(device: &mut Device) {
     let (tunnel, peer, to) = (Arc::clone(&device.tunnel), device.peer, device.probe);
-    let source = to.and_then(|to| device.addresses.iter().copied().find(|ours| ours.is_ipv4() == to.is_ipv4()));
+    let source = to.and_then(|to| {
+        device
+            .addresses
+            .iter()
+            .copied()
+            .find(|ours| ours.is_ipv4() == to.is_ipv4())
+    });
     device.spawn(async move {
         let (Some(to), Some(source)) = (to, source) else {
             drop(tunnel.force_handshake(peer, HANDSHAKE_TIMEOUT).await);
@@ -339,7 +377,11 @@ async fn tear_down(
 }
 
 async fn undo(surroundings: &Surroundings) {
-    let undone = surroundings.host.client_down().await.and(surroundings.host.set_client_guard(None));
+    let undone = surroundings
+        .host
+        .client_down()
+        .await
+        .and(surroundings.host.set_client_guard(None));
     if let Err(error) = undone {
         tracing::warn!("undoing the configuration of {CLIENT_INTERFACE}: {error}: dvpn-daemon --cleanup removes it");
     }

@@ -94,7 +94,10 @@ pub struct Views {
 impl Views {
     /// A daemon that has just started.
     pub fn new(config: &Config) -> Self {
-        Self { status: watch::Sender::new(status::starting(config)), path: watch::Sender::new(None) }
+        Self {
+            status: watch::Sender::new(status::starting(config)),
+            path: watch::Sender::new(None),
+        }
     }
     /// The status, after every change.
     pub fn status(&self) -> watch::Receiver<Status> {
@@ -107,7 +110,10 @@ impl Views {
 }
 
 fn now() -> Now {
-    Now { instant: std::time::Instant::now(), wall: Timestamp::now() }
+    Now {
+        instant: std::time::Instant::now(),
+        wall: Timestamp::now(),
+    }
 }
 
 impl Driver {
@@ -117,7 +123,13 @@ impl Driver {
         let path = watch::Sender::new(None);
         let keys = Keys::default();
         let autostart = restored.wish;
-        let dns = parts.config.tunnel.dns.iter().map(|address| SocketAddr::new(*address, 53)).collect();
+        let dns = parts
+            .config
+            .tunnel
+            .dns
+            .iter()
+            .map(|address| SocketAddr::new(*address, 53))
+            .collect();
         let surroundings = device::Surroundings {
             host: Arc::clone(&parts.host),
             metrics: parts.metrics.clone(),
@@ -224,7 +236,9 @@ impl Driver {
                 self.feed_config().await;
             }
             Command::Exit(done) => {
-                self.parts.audit.record(&Event::Stopped { reason: "Exit was called".to_owned() });
+                self.parts.audit.record(&Event::Stopped {
+                    reason: "Exit was called".to_owned(),
+                });
                 answer(done);
                 return Some(Ended::Exit);
             }
@@ -325,7 +339,9 @@ impl Driver {
 
     /// Takes the tunnel down without touching the stored wish.
     async fn terminate(mut self) -> Ended {
-        self.parts.audit.record(&Event::Stopped { reason: "the service manager ended the daemon".to_owned() });
+        self.parts.audit.record(&Event::Stopped {
+            reason: "the service manager ended the daemon".to_owned(),
+        });
         self.usable.send_replace(None);
         for task in self.running.values() {
             task.abort();

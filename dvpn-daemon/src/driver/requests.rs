@@ -76,7 +76,11 @@ pub(super) struct Requests {
 }
 
 fn to_failure(what: &str, error: &dyn std::error::Error, how: &str, retry: Retry) -> Failure {
-    Failure { what: format!("{what}: {error}"), how: how.to_owned(), retry }
+    Failure {
+        what: format!("{what}: {error}"),
+        how: how.to_owned(),
+        retry,
+    }
 }
 
 /// A token is missing: the session's problem until one is stored.
@@ -122,7 +126,12 @@ pub(super) fn key_lost() -> Failure {
 fn random_key() -> Result<PrivateKey, Failure> {
     let mut bytes = Zeroizing::new([0_u8; 32]);
     SysRng.try_fill_bytes(bytes.as_mut_slice()).map_err(|error| {
-        to_failure("making a key", &error, "the operating system gives no random numbers", Retry::Backoff)
+        to_failure(
+            "making a key",
+            &error,
+            "the operating system gives no random numbers",
+            Retry::Backoff,
+        )
     })?;
     Ok(PrivateKey::from_bytes(*bytes))
 }
@@ -144,7 +153,10 @@ impl Requests {
             given_token: config.payment_token.clone(),
             token: Mutex::default(),
         };
-        Self { shared: Arc::new(shared), inputs }
+        Self {
+            shared: Arc::new(shared),
+            inputs,
+        }
     }
 
     fn spawn(&self, work: impl Future<Output = Input> + Send + 'static) -> AbortHandle {
@@ -174,7 +186,9 @@ impl Requests {
 
     pub(super) fn approve(&self, attempt: Attempt, provider: Provider, subscription: Subscription) -> AbortHandle {
         let shared = Arc::clone(&self.shared);
-        self.spawn(async move { Input::Approved(attempt, shared.approve(&provider, &subscription).await.map(Box::new)) })
+        self.spawn(
+            async move { Input::Approved(attempt, shared.approve(&provider, &subscription).await.map(Box::new)) },
+        )
     }
 
     pub(super) fn provision(&self, attempt: Attempt, _subscription: Subscription) -> AbortHandle {
@@ -193,7 +207,10 @@ impl Requests {
     pub(super) async fn session_config(&self, config: &Config) -> SessionConfig {
         match self.shared.token().await {
             Ok(token) => config.session(token.as_ref()),
-            Err(error) => SessionConfig { not_configured: Some(sealed_away(&error)), ..config.session(None) },
+            Err(error) => SessionConfig {
+                not_configured: Some(sealed_away(&error)),
+                ..config.session(None)
+            },
         }
     }
 
@@ -242,19 +259,33 @@ impl Shared {
 
     async fn list(&self) -> Result<directory::Directory, Failure> {
         let body = self.pool()?.list().await?;
-        let own_keys: Vec<_> = self.static_key.as_ref().and_then(|key| public_key(key).ok()).into_iter().collect();
+        let own_keys: Vec<_> = self
+            .static_key
+            .as_ref()
+            .and_then(|key| public_key(key).ok())
+            .into_iter()
+            .collect();
         let own_node = self.own_node.clone();
         let private_endpoints = self.private_endpoints;
         // 10,000 entries take some milliseconds of arithmetic: not on a thread that moves packets.
         let parsed = tokio::task::spawn_blocking(move || {
             let own_node = own_node.as_ref().map(|(id, key)| (id, key));
-            let policy = directory::Policy { own_keys: &own_keys, own_node, private_endpoints };
+            let policy = directory::Policy {
+                own_keys: &own_keys,
+                own_node,
+                private_endpoints,
+            };
             directory::parse(&body, &policy, Timestamp::now())
         })
         .await;
         match parsed {
             Ok(parsed) => Ok(parsed?),
-            Err(error) => Err(to_failure("reading the provider list", &error, "trying again", Retry::Backoff)),
+            Err(error) => Err(to_failure(
+                "reading the provider list",
+                &error,
+                "trying again",
+                Retry::Backoff,
+            )),
         }
     }
 
@@ -287,7 +318,10 @@ impl Shared {
                 retry: Retry::Never,
             });
         };
-        match server.verify(&payment::verify_request(token.expose(), provider.as_str())).await {
+        match server
+            .verify(&payment::verify_request(token.expose(), provider.as_str()))
+            .await
+        {
             Ok((status, body)) => payment::judge(status, &body, Timestamp::now()),
             Err(error) => Verification::CannotTell(error.into()),
         }
@@ -300,7 +334,12 @@ impl Shared {
             None => random_key()?,
         };
         let client_key = public_key(&key).map_err(|error| {
-            to_failure("deriving the public key of WG_PRIVATE_KEY", &error, "set another one", Retry::Never)
+            to_failure(
+                "deriving the public key of WG_PRIVATE_KEY",
+                &error,
+                "set another one",
+                Retry::Never,
+            )
         })?;
         let request = ApproveRequest {
             provider_id: provider.id.to_string(),

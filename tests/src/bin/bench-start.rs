@@ -18,7 +18,11 @@ use dvpn_tests::{
 const ROUNDS: usize = 15;
 
 fn main() -> ExitCode {
-    match measure().and_then(|text| std::io::stdout().write_all(text.as_bytes()).context("writing the figures")) {
+    match measure().and_then(|text| {
+        std::io::stdout()
+            .write_all(text.as_bytes())
+            .context("writing the figures")
+    }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             drop(writeln!(std::io::stderr(), "bench-start: {error:#}"));
@@ -44,7 +48,10 @@ fn measure() -> Result<String> {
         ready.push(next.ready_after);
         world.client = next;
     }
-    let rows = [("first-byte-ms", millis(&mut first_byte)), ("ready-ms", millis(&mut ready))];
+    let rows = [
+        ("first-byte-ms", millis(&mut first_byte)),
+        ("ready-ms", millis(&mut ready)),
+    ];
     let mut text = format!("{:<16} {:>8} {:>8} {:>8}\n", "figure", "least", "median", "most");
     for (name, [least, median, most]) in &rows {
         text.push_str(&format!("{name:<16} {least:>8.1} {median:>8.1} {most:>8.1}\n"));
@@ -68,7 +75,10 @@ fn start_to_first_byte(world: &World) -> Result<Duration> {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    bail!("no byte came through the proxy; the log ends:\n{}", world.client.process.log_tail())
+    bail!(
+        "no byte came through the proxy; the log ends:\n{}",
+        world.client.process.log_tail()
+    )
 }
 
 /// Least, median and most.

@@ -155,21 +155,21 @@ impl Host {
     ///
     /// Totals run from `provider_up` to `provider_down`.
     pub fn provider_counters(&self) -> Result<BTreeMap<String, CounterValue>, Error> {
-        self.counters(PROVIDER_TABLE)
+        counters(PROVIDER_TABLE)
     }
 
     /// The counters of the client's table, by name: see [`ClientGuard`].
     pub fn client_counters(&self) -> Result<BTreeMap<String, CounterValue>, Error> {
-        self.counters(CLIENT_TABLE)
-    }
-
-    fn counters(&self, table: &'static str) -> Result<BTreeMap<String, CounterValue>, Error> {
-        nft::read::counters(table).map_err(|source| Error::FirewallRead { table, source })
+        counters(CLIENT_TABLE)
     }
 
     fn netlink(&self) -> &rtnetlink::Handle {
         &self.inner.rtnetlink
     }
+}
+
+fn counters(table: &'static str) -> Result<BTreeMap<String, CounterValue>, Error> {
+    nft::read::counters(table).map_err(|source| Error::FirewallRead { table, source })
 }
 
 /// The address of a prefix alone: `10.96.0.1/20` becomes `10.96.0.1/32`.

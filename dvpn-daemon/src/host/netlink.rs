@@ -50,6 +50,10 @@ impl Selector {
 }
 
 /// What the kernel answers to deleting something that is gone already.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the crate's enum is open; what is not named is not asked for"
+)]
 pub(super) fn is_gone(error: &rtnetlink::Error) -> bool {
     match error {
         rtnetlink::Error::NetlinkError(message) => {
@@ -120,6 +124,10 @@ pub(super) fn oif_of(message: &RouteMessage) -> Option<u32> {
 }
 
 /// The destination of a route; the default route's is `0.0.0.0/0` or `::/0`.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the crate's enum is open; what is not named is not asked for"
+)]
 pub(super) fn destination_of(message: &RouteMessage) -> Option<IpNetwork> {
     let address = message.attributes.iter().find_map(|a| match a {
         RouteAttribute::Destination(RouteAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
@@ -157,6 +165,10 @@ impl Host {
             .ok_or_else(|| Error::NoInterface(name.to_owned()))
     }
 
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "the crate's enum is open; what is not named is not asked for"
+    )]
     pub(super) async fn addresses(&self) -> Result<Vec<Address>, Error> {
         let messages: Vec<AddressMessage> =
             self.netlink()

@@ -38,7 +38,7 @@ impl Host {
         let index = self.interface_index(&network.interface).await?;
         restore_settings()?;
         let around = self.surroundings(&network.interface).await?;
-        let settings = self.settings(network, &around)?;
+        let settings = settings(network, &around)?;
         commit(fresh(&facts(network, &around, &settings)))?;
         *current = Some(network.clone());
         self.set_addresses(index, &network.interface, &network.networks, true)
@@ -52,7 +52,7 @@ impl Host {
         let current = self.inner.provider.lock().await;
         let network = current.as_ref().ok_or(Error::ProviderDown)?;
         let around = self.surroundings(&network.interface).await?;
-        let new = self.settings(network, &around)?;
+        let new = settings(network, &around)?;
         let settings: Vec<Remembered> = remembered()?.into_iter().chain(new.iter().cloned()).collect();
         commit(update(&facts(network, &around, &settings)))?;
         new.iter().try_for_each(Remembered::apply)
@@ -78,11 +78,6 @@ impl Host {
     /// The prefixes of every interface but `interface`, and what routes say is on a link.
     pub async fn foreign_prefixes(&self, interface: &str) -> Result<Vec<IpNetwork>, Error> {
         Ok(self.surroundings(interface).await?.on_link)
-    }
-
-    fn settings(&self, network: &ProviderNetwork, around: &Surroundings) -> Result<Vec<Remembered>, Error> {
-        let has = |v4: bool| network.networks.iter().any(|prefix| prefix.is_ipv4() == v4);
-        forwarding::needed(&network.interface, &around.uplinks, has(true), has(false))
     }
 
     async fn surroundings(&self, interface: &str) -> Result<Surroundings, Error> {
@@ -155,6 +150,11 @@ impl Host {
     }
 }
 
+fn settings(network: &ProviderNetwork, around: &Surroundings) -> Result<Vec<Remembered>, Error> {
+    let has = |v4: bool| network.networks.iter().any(|prefix| prefix.is_ipv4() == v4);
+    forwarding::needed(&network.interface, &around.uplinks, has(true), has(false))
+}
+
 /// Puts back every setting that the table remembers; says which.
 pub(super) fn restore_settings() -> Result<Vec<String>, Error> {
     let mut restored = Vec::new();
@@ -195,6 +195,10 @@ fn commit(batch: nft::batch::Batch) -> Result<(), Error> {
     })
 }
 
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the crate's enum is open; what is not named is not asked for"
+)]
 fn has_gateway(route: &RouteMessage) -> bool {
     route.attributes.iter().any(|attribute| match attribute {
         RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::MultiPath(_) => true,

@@ -170,11 +170,14 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
     for (family, chain) in Family::ALL.into_iter().zip(["destination_v4", "destination_v6"]) {
         let special = SPECIAL.iter().filter_map(|text| text.parse::<IpNetwork>().ok());
         for network in special.filter(|network| Family::of(network) == family) {
-            batch.rule(chain, refuse(Rule::new().to_in_family(&network), refused::SPECIAL));
+            batch.rule(
+                chain,
+                refuse(Rule::new().destination_in_family(&network), refused::SPECIAL),
+            );
         }
         batch.rule(chain, Rule::new().goto("uplink"));
     }
-    batch.rule("uplink", refuse(Rule::new().to_port(TCP, 25), refused::SMTP));
+    batch.rule("uplink", refuse(Rule::new().port(TCP, 25), refused::SMTP));
     for uplink in facts.uplinks {
         batch.rule("uplink", Rule::new().output_is(uplink).accept());
     }
@@ -191,7 +194,7 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
         for protocol in [UDP, TCP] {
             batch.rule(
                 "to_gateway",
-                Rule::new().from(network).to(&gateway).to_port(protocol, 53).accept(),
+                Rule::new().from(network).to(&gateway).port(protocol, 53).accept(),
             );
         }
         let (protocol, echo) = if network.is_ipv4() {

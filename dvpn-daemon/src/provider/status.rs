@@ -58,6 +58,7 @@ pub struct PeerStatus {
 
 /// The provider as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each read by itself")]
 pub struct ProviderStatus {
     /// The pool answered our last registration.
     pub registered: bool,

@@ -160,13 +160,13 @@ impl Batch {
             let header = NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, NFNL_SUBSYS_NFTABLES);
             message(header, inner, 0, 0)
         };
-        append(&mut out, control(ControlMessage::BatchBegin));
+        append(&mut out, &control(ControlMessage::BatchBegin));
         for (sequence, (flags, operation)) in (1_u32..).zip(self.operations) {
             let ack = if sequence == last { NLM_F_ACK } else { 0 };
             let header = NetfilterHeader::new(NetfilterProtoFamily::Inet, 0, 0);
-            append(&mut out, message(header, operation, flags | ack, sequence));
+            append(&mut out, &message(header, operation, flags | ack, sequence));
         }
-        append(&mut out, control(ControlMessage::BatchEnd));
+        append(&mut out, &control(ControlMessage::BatchEnd));
         (out, last)
     }
 }
@@ -184,7 +184,7 @@ fn message(
     message
 }
 
-fn append(out: &mut Vec<u8>, message: NetlinkMessage<NetfilterMessage>) {
+fn append(out: &mut Vec<u8>, message: &NetlinkMessage<NetfilterMessage>) {
     let start = out.len();
     out.resize(start + message.buffer_len(), 0);
     if let Some(room) = out.get_mut(start..) {

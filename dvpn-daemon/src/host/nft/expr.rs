@@ -109,7 +109,7 @@ impl Rule {
         self.family(Family::of(network)).address(Side::Destination, network)
     }
     /// As [`Rule::to`], in a chain that sees only packets of the prefix's family.
-    pub(crate) fn to_in_family(self, network: &IpNetwork) -> Self {
+    pub(crate) fn destination_in_family(self, network: &IpNetwork) -> Self {
         self.address(Side::Destination, network)
     }
     /// Only packets of this transport protocol.
@@ -117,7 +117,7 @@ impl Rule {
         self.meta(MetaKey::L4Proto).compare(Operator::Equal, vec![number])
     }
     /// Only packets of this protocol to this port.
-    pub(crate) fn to_port(self, protocol: u8, port: u16) -> Self {
+    pub(crate) fn port(self, protocol: u8, port: u16) -> Self {
         self.protocol(protocol)
             .load(PAYLOAD_TRANSPORT, 2, 2)
             .compare(Operator::Equal, port.to_be_bytes().to_vec())

@@ -15,6 +15,7 @@ use dvpn_tests::{
     sweep,
 };
 use nix::{
+    errno::Errno,
     sys::signal::{Signal, kill},
     unistd::{Pid, setsid},
 };
@@ -143,7 +144,11 @@ pub(super) fn down() -> Result<()> {
         })?;
         let pid = Pid::from_raw(text.trim().parse().context("reading the holder's process id")?);
         say("ending the processes and removing the namespaces");
-        kill(pid, Signal::SIGTERM).context("ending the holder of the network")?;
+        match kill(pid, Signal::SIGTERM) {
+            // Gone meanwhile is what was wanted.
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => return Err(error).context("ending the holder of the network"),
+        }
         let deadline = Instant::now() + Duration::from_secs(15);
         while sweep::is_running(ID) {
             if Instant::now() >= deadline {

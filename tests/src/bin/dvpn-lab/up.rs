@@ -15,13 +15,13 @@ use dvpn_tests::{
     bus::BusAddress,
     client::{Client, SOCKS5},
     https,
-    network::{PREFIX, ROOT, WEB_NAME},
+    network::{POOL, PREFIX, ROOT, WEB_NAME},
     node, sweep,
 };
 
 use super::{
     Files, ID,
-    run::{READY, log_path},
+    run::{READY, down, log_path},
     say,
 };
 
@@ -37,9 +37,13 @@ pub(super) fn up(files: &Files) -> Result<()> {
             file.display()
         );
     }
-    if sweep::is_running(ID) && std::fs::read_to_string(log_path()).is_ok_and(|log| log.contains(READY)) {
+    if stands() {
         say("the network stands already");
     } else {
+        if sweep::is_running(ID) {
+            say("the network of an earlier run is not whole: taking it down first");
+            down()?;
+        }
         sweep::dead().context("removing what an earlier run left")?;
         start(files)?;
     }
@@ -56,6 +60,16 @@ pub(super) fn up(files: &Files) -> Result<()> {
     let status = client.wait_state(StateName::Connected, Duration::from_secs(5))?;
     show(&status, &exit, took);
     Ok(())
+}
+
+/// Whether all of it runs and the wires carry. A holder that is just ending still has its lock.
+fn stands() -> bool {
+    let ready = sweep::is_running(ID) && std::fs::read_to_string(log_path()).is_ok_and(|log| log.contains(READY));
+    ready
+        && client().is_ok_and(|client| {
+            let pool = (POOL, node::POOL_PORT).into();
+            client.health().is_ok() && client.namespace().connect(pool, Duration::from_secs(1)).is_ok()
+        })
 }
 
 /// Says what runs.

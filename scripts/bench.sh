@@ -2,6 +2,7 @@
 # Measures one thing beside what others offer: scripts/bench.sh NAME, a file in scripts/bench/ each.
 # Prints a table, the machine, then a line "bench NAME FIGURE VALUE BAR ok|short" per figure; exits 1 when one
 # is short. Needs root; what it makes (namespaces, processes) it takes away.
+# shellcheck disable=SC2317 # the functions are for the sourced files
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +26,10 @@ figure() {
 
 # median: of the numbers on stdin.
 median() {
-  sort -g | awk '{ v[NR] = $1 } END { if (NR == 0) exit 1; print (NR % 2) ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'
+  sort -g | awk '{ v[NR] = $1 } END {
+    if (NR == 0) exit 1
+    if (NR % 2) print v[(NR + 1) / 2]; else print (v[NR / 2] + v[NR / 2 + 1]) / 2
+  }'
 }
 
 # need COMMAND PACKAGE: installs PACKAGE when COMMAND is missing.

@@ -69,7 +69,7 @@ wireguard_go() {
 labels=(dvpn) binaries=("")
 for suite in bookworm bookworm-backports sid; do
   binary=$(wireguard_go "$suite")
-  labels+=("go-$(basename "$(dirname "$(dirname "$(dirname "$(dirname "$binary")")")")")")
+  labels+=("go-$suite")
   binaries+=("$binary")
 done
 
@@ -207,7 +207,7 @@ for index in "${!labels[@]}"; do
   fi
 done
 machine
-echo "peers    $(for index in 1 2 3; do printf '%s=%s ' "${labels[index]}" "$("${binaries[index]}" --version 2>/dev/null | sed -n '1s/.* v/v/p')"; done)"
+echo "others   $(for deb in "$cache"/*/wireguard-go_*.deb; do printf '%s=%s ' "go-$(basename "$(dirname "$deb")")" "$(dpkg-deb -f "$deb" Version)"; done)"
 echo "runs     $rounds rounds of $seconds s, interleaved, medians; both ends on this machine"
 
 ratio() { awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", a / b }'; }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use dvpn_daemon::tunnel::{Error, userspace::UserspaceTunnel};
 
 use crate::{INTERFACE, SOON, Setup, config, eventually, key, open, pair, side};
@@ -52,9 +52,13 @@ fn a_forced_handshake_recovers_a_forgotten_session() -> Result<()> {
     let mut pair = pair(Setup::default())?;
     pair.transfer("10.88.0.2", 1 << 16, SOON)?;
     // The provider restarts with the same key and knows no session.
-    let forgetful = std::mem::replace(&mut pair.tunnels[1], pair.tunnels[0].clone());
-    let forgetful = std::sync::Arc::into_inner(forgetful).context("the only reference")?;
-    drop(forgetful);
+    let stand_in = pair.tunnels[0].clone();
+    let forgetful = std::mem::replace(&mut pair.tunnels[1], stand_in);
+    ensure!(
+        std::sync::Arc::strong_count(&forgetful) == 1,
+        "the device would live on"
+    );
+    pair.sides[1].run(async move { drop(forgetful) })?;
     eventually("the interface is gone", || {
         Ok(!pair.sides[1].sh("ip -o link")?.contains(INTERFACE))
     })?;

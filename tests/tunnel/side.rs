@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// One namespace. The kernel removes it, and all links in it, when the side is dropped.
-pub struct Side {
+pub(crate) struct Side {
     runtime: tokio::runtime::Handle,
     thread_id: nix::unistd::Pid,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
@@ -23,7 +23,7 @@ pub struct Side {
 
 impl Side {
     /// Makes a namespace on a thread of its own. Needs root.
-    pub fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let (ready, made) = mpsc::channel();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let thread = thread::spawn(move || {
@@ -50,21 +50,24 @@ impl Side {
     }
 
     /// Runs to the end inside the namespace.
-    pub fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Result<T> {
+    pub(crate) fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Result<T> {
         let (done, result) = mpsc::channel();
         self.runtime.spawn(async move { done.send(work.await).ok() });
         result.recv_timeout(DEADLINE).context("no result within the deadline")
     }
 
     /// Runs beside the test inside the namespace.
-    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         self.runtime.spawn(work);
     }
 
     /// Runs shell commands inside the namespace; prints what they printed when they fail.
-    pub fn sh(&self, script: &str) -> Result<String> {
+    pub(crate) fn sh(&self, script: &str) -> Result<String> {
         let owned = script.to_owned();
-        let output = self.run(async move { Command::new("sh").args(["-ec", &owned]).output() })??;
+        // On a thread that the runtime's own thread starts, which is in the namespace for that reason.
+        let output = self.run(async move {
+            tokio::task::spawn_blocking(move || Command::new("sh").args(["-ec", &owned]).output()).await
+        })???;
         ensure!(
             output.status.success(),
             "{script}: {}",
@@ -74,7 +77,7 @@ impl Side {
     }
 
     /// A path that names the namespace while the side lives.
-    pub fn netns_path(&self) -> String {
+    pub(crate) fn netns_path(&self) -> String {
         format!("/proc/{}/task/{}/ns/net", std::process::id(), self.thread_id)
     }
 }
@@ -89,7 +92,7 @@ impl Drop for Side {
 }
 
 /// Two sides joined by a veth: 10.77.0.1 and .2, fd77::1 and ::2.
-pub fn joined_pair() -> Result<[Arc<Side>; 2]> {
+pub(crate) fn joined_pair() -> Result<[Arc<Side>; 2]> {
     let sides = [Arc::new(Side::new()?), Arc::new(Side::new()?)];
     let [left, right] = &sides;
     // The path as /proc/self of the child would name another task.

@@ -19,7 +19,10 @@ use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 use dvpn_common::keys::PublicKey;
 use futures::future::BoxFuture;
 use gotatun::{
-    device::{Device, DeviceBuilder, Error as DeviceError, Peer},
+    device::{
+        Device, DeviceBuilder, Error as DeviceError, Peer,
+        configure::{DeviceWrite, PeerMut},
+    },
     noise::TimerParams,
     x25519,
 };
@@ -33,6 +36,9 @@ type Transports = (udp::Factory, tun::TunWriter, tun::TunReader);
 /// How soon an unanswered initiation is repeated while somebody waits for a handshake; by itself WireGuard
 /// repeats after 5 s. Responders take 50 a second from one peer (Linux, drivers/net/wireguard/messages.h).
 const IMPATIENT_RETRY: Duration = Duration::from_secs(1);
+
+/// How many peers are added before packets pass again: some 5 ms.
+const PEERS_AT_ONCE: usize = 64;
 
 /// Where a transport leaves the reason why it can go on no more; the first one stays.
 #[derive(Clone)]
@@ -133,26 +139,21 @@ impl UserspaceTunnel {
                 Some(_) => changed.push(peer.clone()),
             }
         }
-        let result = self
-            .device
-            .write(async move |device| {
-                device.add_peers(new);
-                for peer in changed {
-                    device
-                        .modify_peer(&device_key(peer.public_key), |slot| {
-                            slot.clear_allowed_ips();
-                            slot.add_allowed_ips(peer.allowed_ips);
-                            slot.set_keepalive(peer.keepalive.map(keepalive_seconds));
-                            // A peer without a configured endpoint keeps the one it was last heard from.
-                            if peer.endpoint.is_some() {
-                                slot.set_endpoint(peer.endpoint);
-                            }
-                        })
-                        .await;
-                }
-            })
-            .await;
-        result.map_err(|error| stopped(&self.interface, self.listen_port, error))?;
+        let stopped = |error| stopped(&self.interface, self.listen_port, error);
+        // The device stands still while it is changed, and each new peer costs a key agreement.
+        while !new.is_empty() {
+            let chunk = new.split_off(new.len().saturating_sub(PEERS_AT_ONCE));
+            self.device.add_peers(chunk).await.map_err(stopped)?;
+            tokio::task::yield_now().await;
+        }
+        for peer in changed {
+            let change = async move |device: &mut DeviceWrite<'_, Transports>| {
+                device
+                    .modify_peer(&device_key(peer.public_key), |slot| change_peer(slot, peer))
+                    .await
+            };
+            self.device.write(change).await.map_err(stopped)?;
+        }
         known.extend(wanted);
         Ok(())
     }
@@ -302,6 +303,16 @@ fn device_key(key: PublicKey) -> x25519::PublicKey {
 
 fn keepalive_seconds(keepalive: Duration) -> u16 {
     u16::try_from(keepalive.as_secs()).unwrap_or(u16::MAX)
+}
+
+fn change_peer(slot: &mut PeerMut, peer: PeerConfig) {
+    slot.clear_allowed_ips();
+    slot.add_allowed_ips(peer.allowed_ips);
+    slot.set_keepalive(peer.keepalive.map(keepalive_seconds));
+    // A peer without a configured endpoint keeps the one it was last heard from.
+    if peer.endpoint.is_some() {
+        slot.set_endpoint(peer.endpoint);
+    }
 }
 
 fn device_peer(config: &PeerConfig) -> Peer {

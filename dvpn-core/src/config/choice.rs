@@ -8,15 +8,28 @@ use crate::session::Choice;
 pub fn parse_choice(only: &[String], exclude: &[String]) -> Result<Choice, String> {
     let (only_ids, only_regions) = split(only)?;
     let (exclude_ids, exclude_regions) = split(exclude)?;
-    Ok(Choice { only_ids, only_regions, exclude_ids, exclude_regions })
+    Ok(Choice {
+        only_ids,
+        only_regions,
+        exclude_ids,
+        exclude_regions,
+    })
 }
 
 fn split(entries: &[String]) -> Result<(Vec<ProviderId>, Vec<Region>), String> {
     let (mut ids, mut regions) = (Vec::new(), Vec::new());
     for entry in entries {
         match entry.strip_prefix("region:") {
-            Some(region) => regions.push(region.parse().map_err(|error| format!("{entry:?} is no region: {error}"))?),
-            None => ids.push(entry.parse().map_err(|error| format!("{entry:?} is no provider: {error}"))?),
+            Some(region) => regions.push(
+                region
+                    .parse()
+                    .map_err(|error| format!("{entry:?} is no region: {error}"))?,
+            ),
+            None => ids.push(
+                entry
+                    .parse()
+                    .map_err(|error| format!("{entry:?} is no provider: {error}"))?,
+            ),
         }
     }
     Ok((ids, regions))

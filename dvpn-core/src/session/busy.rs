@@ -15,6 +15,14 @@ const PROVISIONED: Run = Run {
     provisioned: true,
 };
 
+fn over(approval: &Approval) -> Failure {
+    Failure {
+        what: format!("the provisioned provider's approval ends at {}", approval.expires_at()),
+        how: "check this machine's clock, and when the subscription ends".into(),
+        retry: Retry::Backoff,
+    }
+}
+
 impl Session {
     pub(super) fn in_discovering(&mut self, question: Question, input: Input) -> State {
         match input {
@@ -136,7 +144,9 @@ impl Session {
                     run,
                 })
             }
-            Step::VerifyProvisioned(approval) => self.connect(question.attempt, approval, run),
+            Step::VerifyProvisioned(approval) if self.lasts(&approval) => self.connect(question.attempt, approval, run),
+            // Its end came while the payment server was slow.
+            Step::VerifyProvisioned(approval) => self.back_off(over(&approval)),
         }
     }
 
@@ -231,11 +241,7 @@ impl Session {
             if self.lasts(&approval) {
                 return Ok(approval);
             }
-            Err(Failure {
-                what: format!("the provisioned provider's approval ends at {}", approval.expires_at()),
-                how: "check this machine's clock, and when the subscription ends".into(),
-                retry: Retry::Backoff,
-            })
+            Err(over(&approval))
         });
         match lasting {
             Ok(approval) => {

@@ -72,7 +72,7 @@ pub(crate) fn paid(now: Now, time: Duration) -> Verification {
 pub(crate) fn subscription(now: Now, time: Duration) -> Subscription {
     match paid(now, time) {
         Verification::Paid(subscription) => subscription,
-        other => panic!("{other:?}"),
+        Verification::NotPaid(failure) | Verification::CannotTell(failure) => panic!("{failure}"),
     }
 }
 

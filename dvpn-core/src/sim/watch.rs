@@ -228,7 +228,7 @@ impl Watch {
                 );
             }
             StateName::Connecting | StateName::Degraded => {
-                hold!(self.tunnel.is_some(), "no tunnel in {:?}", session.state())
+                hold!(self.tunnel.is_some(), "no tunnel in {:?}", session.state());
             }
             StateName::Connected => {
                 hold!(self.tunnel.is_some(), "connected without a tunnel");

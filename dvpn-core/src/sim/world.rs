@@ -1,30 +1,31 @@
 //! The world around a session: a pool, a payment server, an orchestrator, providers with loss and outages, a user, and
 //! a clock that jumps from event to event. One seed decides everything.
 
+mod mischief;
+mod servers;
+
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
-use dvpn_common::{ids::ProviderId, keys::PublicKey, status::ProbeMethod};
+use dvpn_common::{ids::ProviderId, keys::PublicKey, status::StateName};
 use jiff::Timestamp;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use super::watch::{Broken, Watch};
 use crate::{
     Failure, Now, Retry,
-    approval::{Approval, PoolRequest, ProvisionRequest},
-    directory::{Directory, Policy as DirectoryPolicy, Provider},
-    payment::{self, Subscription},
-    session::{Action, Attempt, Choice, Input, Measurement, Restored, Session, SessionConfig, Traffic},
+    approval::Approval,
+    directory::Provider,
+    session::{Action, Attempt, Choice, Input, Restored, Session, SessionConfig, Traffic},
 };
 
 /// One second: how often the tunnel's totals are sampled.
 const SAMPLE: Duration = Duration::from_secs(1);
-/// The seed wallet's terms, as a payment server states them.
-const PAID: &str =
-    r#""active":true,"wallet":"1MUss4jmaRJ2sMtS9gyZqeRw8WrhWTsrxn","interval":"monthly","amount_usd":9.99"#;
+/// How long the change of a tunnel takes in a world where all is well.
+const SETTLING: Duration = Duration::from_secs(5);
 
 /// How a server behaves for a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Server {
+enum Server {
     Up,
     Slow,
     Down,
@@ -36,13 +37,13 @@ pub(super) enum Server {
 
 /// A provider as it really is.
 #[derive(Debug)]
-pub(super) struct Peer {
-    pub(super) provider: Provider,
-    pub(super) latency: Duration,
-    pub(super) loss: f64,
+struct Peer {
+    provider: Provider,
+    latency: Duration,
+    loss: f64,
     /// Silent until then.
-    pub(super) silent_until: Duration,
-    pub(super) dead: bool,
+    silent_until: Duration,
+    dead: bool,
 }
 
 /// A tunnel as it really is.
@@ -96,10 +97,10 @@ pub(super) struct World {
     session: Session,
     watch: Watch,
     config: SessionConfig,
-    pub(super) pool: Server,
-    pub(super) payment: Server,
+    pool: Server,
+    payment: Server,
     orchestrator: Server,
-    pub(super) peers: Vec<Peer>,
+    peers: Vec<Peer>,
     device: Option<Device>,
     /// How busy the user is: bytes a second.
     load: u64,
@@ -182,17 +183,22 @@ impl World {
         while self.time < end {
             self.step(end)?;
         }
+        // A renewal may be changing the tunnel at this very moment.
+        let last = end + SETTLING;
+        while self.session.status().wanted && self.session.state() != StateName::Connected && self.time < last {
+            self.step(last)?;
+        }
         let status = self.session.status();
         self.counts.attempts = self.before.0 + status.attempts;
         self.counts.switches = self.before.1 + status.switches;
-        let connected = status.state == dvpn_common::status::StateName::Connected;
+        let connected = status.state == StateName::Connected;
         if status.wanted && !connected {
             return Err(Broken(format!(
                 "all is well again, and the session is still {:?}: {:?}",
                 status.state, status.problem
             )));
         }
-        if !status.wanted && status.state != dvpn_common::status::StateName::Disconnected {
+        if !status.wanted && status.state != StateName::Disconnected {
             return Err(Broken(format!(
                 "nothing is wanted, and the session is {:?}",
                 status.state
@@ -344,151 +350,6 @@ impl World {
         }
     }
 
-    /// When a server's answer comes, if it does.
-    fn delay(&mut self, server: Server) -> Option<Duration> {
-        let milliseconds = match server {
-            Server::Up | Server::Hostile => 5..80,
-            Server::Slow => 2_000..40_000,
-            Server::Down => 1..10_000,
-            Server::Lost => return None,
-        };
-        Some(Duration::from_millis(self.rng.random_range(milliseconds)))
-    }
-
-    fn list(&mut self, attempt: Attempt) {
-        let Some(delay) = self.delay(self.pool) else { return };
-        let answer = match self.pool {
-            Server::Up | Server::Slow => Ok(Directory {
-                providers: self.peers.iter().map(|peer| peer.provider.clone()).collect(),
-                version: None,
-                expires_at: None,
-            }),
-            Server::Hostile => Err(failure("the list holds a key twice", Retry::Backoff)),
-            Server::Down | Server::Lost => Err(failure("the pool is unreachable", Retry::Backoff)),
-        };
-        self.tell(delay, Input::Listed(attempt, answer));
-    }
-
-    fn measure(&mut self, attempt: Attempt, providers: &[Provider]) {
-        let measurements: Vec<_> = providers
-            .iter()
-            .map(|provider| {
-                let answered = (0..3).filter(|_| self.passes(&provider.id)).count() >= 2;
-                let latency = self
-                    .peers
-                    .iter()
-                    .find(|peer| peer.provider.id == provider.id)
-                    .map(|peer| peer.latency);
-                Measurement {
-                    provider: provider.id.clone(),
-                    latency: latency.filter(|_| answered),
-                    method: if provider.probe.is_some() {
-                        ProbeMethod::Echo
-                    } else {
-                        ProbeMethod::Icmp
-                    },
-                }
-            })
-            .collect();
-        let delay = Duration::from_millis(self.rng.random_range(30..1_000));
-        self.tell(delay, Input::Probed(attempt, measurements));
-    }
-
-    fn verify(&mut self, attempt: Attempt) {
-        let Some(delay) = self.delay(self.payment) else { return };
-        let now = self.now().wall;
-        let until = now.checked_add(self.subscription_life).unwrap_or(now).as_second();
-        let verification = match self.payment {
-            Server::Up | Server::Slow => {
-                payment::judge(200, format!(r#"{{{PAID},"expires_at":{until}}}"#).as_bytes(), now)
-            }
-            Server::Hostile => payment::judge(200, br#"{"active":false}"#, now),
-            Server::Down | Server::Lost => payment::judge(502, b"bad gateway", now),
-        };
-        self.tell(delay, Input::Verified(attempt, verification));
-    }
-
-    fn approve(&mut self, attempt: Attempt, provider: &Provider, subscription: &Subscription) {
-        let Some(delay) = self.delay(self.pool) else { return };
-        let now = self.now().wall;
-        let until = now.checked_add(self.approval_life).unwrap_or(now);
-        let body = format!(r#"{{"address":"10.96.0.2/32","expires_at":"{until}"}}"#);
-        let Some(client_key) = self.key() else { return };
-        // A hostile pool answers for another provider than was asked.
-        let other = self
-            .peers
-            .iter()
-            .map(|peer| &peer.provider)
-            .find(|other| other.id != provider.id);
-        let answered = match self.pool {
-            Server::Hostile => other.unwrap_or(provider),
-            Server::Up | Server::Slow | Server::Down | Server::Lost => provider,
-        };
-        let asked = PoolRequest {
-            subscription,
-            provider: answered,
-            client_key: &client_key,
-            static_addresses: &[],
-            pool_key: None,
-            now,
-        };
-        let status = match self.pool {
-            Server::Up | Server::Slow | Server::Hostile if self.healed || self.rng.random_bool(0.9) => 200,
-            Server::Up | Server::Slow | Server::Hostile => 503,
-            Server::Down | Server::Lost => 502,
-        };
-        let answer = Approval::from_pool(&asked, status, body.as_bytes())
-            .map(Box::new)
-            .map_err(Failure::from);
-        self.tell(delay, Input::Approved(attempt, answer));
-    }
-
-    fn provision(&mut self, attempt: Attempt, subscription: &Subscription) {
-        let Some(delay) = self.delay(self.orchestrator) else {
-            return;
-        };
-        let now = self.now().wall;
-        let Some(client_key) = self.key() else { return };
-        let mut made = peer(100, &mut self.rng);
-        made.provider.id = match "made".parse() {
-            Ok(id) => id,
-            Err(_never) => return,
-        };
-        let policy = DirectoryPolicy {
-            own_keys: &[],
-            own_node: None,
-            private_endpoints: true,
-        };
-        let asked = ProvisionRequest {
-            subscription,
-            client_key: &client_key,
-            policy: &policy,
-            static_addresses: &[],
-            now,
-        };
-        let body = match self.orchestrator {
-            Server::Up | Server::Slow => format!(
-                r#"{{"id":"made","endpoint":"{}","public_key":"{}","address":"10.97.0.2/32"}}"#,
-                made.provider.endpoint, made.provider.public_key
-            ),
-            Server::Hostile => r#"{"id":"made","endpoint":"nowhere","public_key":"","address":"::/0"}"#.to_owned(),
-            Server::Down | Server::Lost => String::new(),
-        };
-        let answer = Approval::from_provision(&asked, body.as_bytes())
-            .map(Box::new)
-            .map_err(Failure::from);
-        if answer.is_ok() {
-            self.counts.provisions += 1;
-            self.peers.retain(|peer| peer.provider.id != made.provider.id);
-            self.peers.push(made);
-        }
-        self.tell(delay, Input::Provisioned(attempt, answer));
-    }
-
-    fn key(&mut self) -> Option<PublicKey> {
-        PublicKey::from_bytes(self.rng.random()).ok()
-    }
-
     fn configure(&mut self, attempt: Attempt, approval: &Approval) {
         let delay = Duration::from_millis(self.rng.random_range(5..60));
         if !self.healed && self.rng.random_bool(0.05) {
@@ -521,138 +382,6 @@ impl World {
         if let Some(device) = self.device.as_mut() {
             device.traffic.tx_bytes += 96;
             device.traffic.rx_bytes += if answered { 96 } else { 0 };
-        }
-    }
-
-    fn mischief(&mut self) -> Result<(), Broken> {
-        let choice = self.rng.random_range(0..20);
-        match choice {
-            0 => self.pool = self.any_server(),
-            1 => self.payment = self.any_server(),
-            2 => self.orchestrator = self.any_server(),
-            3..=5 => self.disturb(),
-            6 => {
-                self.load = *[0, 0, 40, 5_000, 1_000_000]
-                    .get(self.rng.random_range(0..5))
-                    .unwrap_or(&0)
-            }
-            7..=9 => return self.feed(Input::Start(Choice::default())),
-            10 => {
-                let choice = self.any_choice();
-                return self.feed(Input::Start(choice));
-            }
-            11 => return self.feed(Input::Stop),
-            12 => return self.feed(Input::TokenChanged),
-            13 => return self.feed(Input::NetworkChanged),
-            14 => return self.reconfigure(),
-            15 => return self.break_device(),
-            16 => return self.feed(Input::FirewallFailed(failure("netlink says no", Retry::Backoff))),
-            17 => return self.restart(),
-            18 => {
-                let stale = Attempt(self.rng.random_range(0..4));
-                return self.feed(Input::Listed(stale, Ok(Directory::default())));
-            }
-            _ => (self.subscription_life, self.approval_life) = lives(&mut self.rng),
-        }
-        Ok(())
-    }
-
-    fn any_server(&mut self) -> Server {
-        match self.rng.random_range(0..8) {
-            0 => Server::Slow,
-            1 => Server::Down,
-            2 => Server::Hostile,
-            3 => Server::Lost,
-            _ => Server::Up,
-        }
-    }
-
-    fn disturb(&mut self) {
-        let index = self.rng.random_range(0..self.peers.len());
-        let outage = Duration::from_millis(self.rng.random_range(500..20_000));
-        let (kind, loss) = (self.rng.random_range(0..4), self.rng.random_range(0.0..0.6));
-        let until = self.time + outage;
-        let Some(peer) = self.peers.get_mut(index) else { return };
-        match kind {
-            0 => peer.dead = !peer.dead,
-            1 => peer.loss = loss,
-            _ => peer.silent_until = until,
-        }
-    }
-
-    fn any_choice(&mut self) -> Choice {
-        let index = self.rng.random_range(0..self.peers.len());
-        let id = self.peers.get(index).map(|peer| peer.provider.id.clone());
-        if self.rng.random() {
-            Choice {
-                only_ids: id.into_iter().collect(),
-                ..Choice::default()
-            }
-        } else {
-            Choice {
-                exclude_ids: id.into_iter().collect(),
-                ..Choice::default()
-            }
-        }
-    }
-
-    fn reconfigure(&mut self) -> Result<(), Broken> {
-        match self.rng.random_range(0..5) {
-            0 => self.config.kill_switch = !self.config.kill_switch,
-            1 => self.config.lockdown = !self.config.lockdown,
-            2 => self.config.fallback = !self.config.fallback,
-            3 => {
-                let missing = self.rng.random::<bool>().then(|| failure("no POOL_URL", Retry::Never));
-                self.config.not_configured = missing;
-            }
-            _ => self.config.choice = self.any_choice(),
-        }
-        self.feed(Input::ConfigChanged(Box::new(self.config.clone())))
-    }
-
-    fn break_device(&mut self) -> Result<(), Broken> {
-        match self.device.as_ref().map(|device| device.attempt) {
-            Some(attempt) => self.feed(Input::TunnelLost(
-                attempt,
-                failure("the interface was deleted", Retry::Now),
-            )),
-            None => Ok(()),
-        }
-    }
-
-    /// The daemon dies and comes back: what was stored is all it knows, and nothing opened meanwhile.
-    fn restart(&mut self) -> Result<(), Broken> {
-        let status = self.session.status();
-        self.before = (self.before.0 + status.attempts, self.before.1 + status.switches);
-        self.counts.restarts += 1;
-        self.events
-            .retain(|_, event| matches!(event, Event::Mischief | Event::Heal));
-        self.device = None;
-        let now = self.now();
-        self.session = Session::new(self.config.clone(), self.rng.random(), self.stored, now);
-        self.watch = Watch::new(&self.config, &self.stored);
-        let first = self.watch.begin(&mut self.session, now)?;
-        self.carry_out(first);
-        Ok(())
-    }
-
-    /// All is well from now on, and the user says once more what is wanted.
-    fn heal(&mut self) -> Result<(), Broken> {
-        self.healed = true;
-        (self.pool, self.payment, self.orchestrator) = (Server::Up, Server::Up, Server::Up);
-        for peer in &mut self.peers {
-            (peer.dead, peer.loss, peer.silent_until) = (false, 0.0, Duration::ZERO);
-        }
-        self.load = 1_000;
-        self.approval_life = Duration::from_hours(1);
-        self.subscription_life = Duration::from_hours(2);
-        self.config.not_configured = None;
-        self.config.choice = Choice::default();
-        self.feed(Input::ConfigChanged(Box::new(self.config.clone())))?;
-        if self.rng.random_bool(0.8) {
-            self.feed(Input::Start(Choice::default()))
-        } else {
-            self.feed(Input::Stop)
         }
     }
 }

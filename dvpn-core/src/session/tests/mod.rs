@@ -107,10 +107,10 @@ impl Rig {
     }
 
     fn tunnel(&self) -> Attempt {
-        match &self.session.state {
-            State::Connected(tunnel) | State::Degraded(tunnel) => tunnel.attempt,
-            other => panic!("no tunnel in {other:?}"),
-        }
+        let (State::Connected(tunnel) | State::Degraded(tunnel)) = &self.session.state else {
+            panic!("no tunnel in {:?}", self.session.state)
+        };
+        tunnel.attempt
     }
 
     fn did(&self, wanted: impl Fn(&Action) -> bool) -> bool {
@@ -154,11 +154,10 @@ impl Rig {
                     step: state::Step::Approve(provider),
                     ..
                 }) => Input::Approved(asked, Ok(approval(provider, self.now, HOUR))),
-                State::Authorizing(_) => Input::Verified(asked, paid(self.now, HOUR)),
                 State::Provisioning(provisioning) if provisioning.verified => {
                     Input::Provisioned(asked, Ok(approval(&provider(9), self.now, HOUR)))
                 }
-                State::Provisioning(_) => Input::Verified(asked, paid(self.now, HOUR)),
+                State::Authorizing(_) | State::Provisioning(_) => Input::Verified(asked, paid(self.now, HOUR)),
                 State::Connecting(_) => Input::HandshakeSeen(asked),
                 State::Connected(_) if state == StateName::Disconnecting => Input::Stop,
                 State::Connected(_) => {

@@ -195,24 +195,24 @@ impl Rig {
             })),
             Op::Network => Input::NetworkChanged,
             Op::Firewall => Input::FirewallFailed(failed()),
-            // A driver never sleeps beyond a deadline.
-            Op::Wait { milliseconds } => {
-                let end = after(now, Duration::from_millis(*milliseconds));
-                for _ in 0..100_000 {
-                    match self.session.poll_timeout() {
-                        Some((at, _)) if at <= end.instant => self.deadline(at)?,
-                        Some(_) | None => break,
-                    }
-                }
-                self.now = end;
-                return Ok(());
-            }
-            Op::Deadline => {
-                return self.session.poll_timeout().map_or(Ok(()), |(at, _)| self.deadline(at));
-            }
+            Op::Wait { milliseconds } => return self.sleep(Duration::from_millis(*milliseconds)),
+            Op::Deadline => return self.session.poll_timeout().map_or(Ok(()), |(at, _)| self.deadline(at)),
         };
         self.last = self.watch.feed(&mut self.session, input, self.now)?;
         self.note();
+        Ok(())
+    }
+
+    /// A driver never sleeps beyond a deadline.
+    fn sleep(&mut self, time: Duration) -> Result<(), Broken> {
+        let end = after(self.now, time);
+        for _ in 0..100_000 {
+            match self.session.poll_timeout() {
+                Some((at, _)) if at <= end.instant => self.deadline(at)?,
+                Some(_) | None => break,
+            }
+        }
+        self.now = end;
         Ok(())
     }
 
@@ -225,7 +225,7 @@ impl Rig {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1_500, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_order_of_inputs_keeps_the_invariants(

@@ -130,7 +130,6 @@ fn truncated_extended_and_altered_approvals_are_refused() {
 fn every_other_way_to_be_wrong_is_refused_by_name() {
     let pool = Pool::new(9);
     let expect = |entry: PeerEntry, refusal: Refusal| assert_eq!(admit(&entry, &mut Serials::default()), Err(refusal));
-    let second = |s: i64| Timestamp::from_second(s).unwrap();
     let good = || pool.entry(&fields());
 
     expect(Pool::new(8).entry(&fields()), Refusal::Signature);
@@ -199,6 +198,12 @@ fn every_other_way_to_be_wrong_is_refused_by_name() {
             Refusal::Address(address),
         );
     }
+}
+
+#[test]
+fn an_approval_holds_only_in_its_time() {
+    let pool = Pool::new(9);
+    let second = |s: i64| Timestamp::from_second(s).unwrap();
     let late = ApprovalFields {
         issued_at: second(NOW - 7200),
         expires_at: second(NOW - 3600),
@@ -225,13 +230,11 @@ fn every_other_way_to_be_wrong_is_refused_by_name() {
         Err(Refusal::Approval(_))
     ));
     // Within the skew of clocks an approval still reads, but nobody is admitted for no time at all.
-    expect(
-        PeerEntry {
-            expires_at: now(),
-            ..good()
-        },
-        Refusal::Over(now()),
-    );
+    let over = PeerEntry {
+        expires_at: now(),
+        ..pool.entry(&fields())
+    };
+    assert_eq!(admit(&over, &mut Serials::default()), Err(Refusal::Over(now())));
 }
 
 #[test]

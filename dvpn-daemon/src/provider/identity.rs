@@ -97,7 +97,8 @@ mod tests {
             node: "node-a",
         };
         let signature = STANDARD.decode(value(HEADER_SIGNATURE)).unwrap();
-        let key = UnparsedPublicKey::new(&ED25519, identity.key().as_bytes());
+        let public = identity.key();
+        let key = UnparsedPublicKey::new(&ED25519, public.as_bytes());
         key.verify(&signed.bytes(), &signature).unwrap();
         assert_ne!(
             headers,

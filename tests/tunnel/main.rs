@@ -126,7 +126,7 @@ impl Pair {
         self.sides[0].run(async move {
             let started = Instant::now();
             tokio::time::timeout(deadline, async move {
-                let sent: Vec<u8> = (0..bytes).map(|at| (at * 31 % 251) as u8).collect();
+                let sent: Vec<u8> = (0..=250_u8).cycle().take(bytes).collect();
                 let (mut read, mut write) = TcpStream::connect(target).await?.into_split();
                 let copy = sent.clone();
                 let sender = tokio::spawn(async move {

@@ -35,7 +35,7 @@ fn four_thousand_peers_are_set_listed_changed_and_removed_quickly() -> Result<()
     let side = side::Side::new()?;
     side.run(async {
         let tunnel = UserspaceTunnel::create(config(2, Setup::default())).await?;
-        let limit = Duration::from_secs(3);
+        let limit = Duration::from_secs(10);
         let started = Instant::now();
         tunnel.set_peers(many()).await?;
         ensure!(started.elapsed() < limit, "adding took {:?}", started.elapsed());

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 /// Longer than anything here takes.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_mins(1);
 
 /// One namespace. The kernel removes it, and all links in it, when the side is dropped.
 pub(crate) struct Side {
@@ -91,7 +91,7 @@ impl Drop for Side {
     }
 }
 
-/// Two sides joined by a veth: 10.77.0.1 and .2, fd77::1 and ::2.
+/// Two sides joined by a veth: 10.77.0.1 and .2, `fd77::1` and `fd77::2`.
 pub(crate) fn joined_pair() -> Result<[Arc<Side>; 2]> {
     let sides = [Arc::new(Side::new()?), Arc::new(Side::new()?)];
     let [left, right] = &sides;

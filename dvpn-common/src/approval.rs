@@ -72,7 +72,9 @@ struct Reader<'a>(&'a [u8]);
 impl<'a> Reader<'a> {
     fn field(&mut self, name: &'static str) -> Result<&'a [u8], Error> {
         let (length, rest) = self.0.split_first_chunk::<4>().ok_or(Error::Field(name))?;
-        let length = usize::try_from(u32::from_be_bytes(*length)).ok().ok_or(Error::Field(name))?;
+        let length = usize::try_from(u32::from_be_bytes(*length))
+            .ok()
+            .ok_or(Error::Field(name))?;
         let (field, rest) = rest.split_at_checked(length).ok_or(Error::Field(name))?;
         self.0 = rest;
         Ok(field)
@@ -87,7 +89,9 @@ impl<'a> Reader<'a> {
         PublicKey::from_bytes(self.array(name)?).ok().ok_or(Error::Field(name))
     }
     fn time(&mut self, name: &'static str) -> Result<Timestamp, Error> {
-        Timestamp::from_second(i64::from_be_bytes(self.array(name)?)).ok().ok_or(Error::Field(name))
+        Timestamp::from_second(i64::from_be_bytes(self.array(name)?))
+            .ok()
+            .ok_or(Error::Field(name))
     }
 }
 
@@ -95,7 +99,12 @@ impl ApprovalFields {
     /// The bytes to sign.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
-        let addresses = self.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let addresses = self
+            .addresses
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(",");
         push_field(&mut out, self.pool_id.as_bytes());
         push_field(&mut out, self.provider_id.as_str().as_bytes());
         push_field(&mut out, self.provider_key.as_bytes());
@@ -119,19 +128,32 @@ impl ApprovalFields {
         }
         let fields = Self {
             pool_id: pool_id.to_owned(),
-            provider_id: reader.text("provider id")?.parse().ok().ok_or(Error::Field("provider id"))?,
+            provider_id: reader
+                .text("provider id")?
+                .parse()
+                .ok()
+                .ok_or(Error::Field("provider id"))?,
             provider_key: reader.key("provider key")?,
             client_key: reader.key("client key")?,
             addresses: reader
                 .text("addresses")?
                 .split(',')
-                .map(|text| text.parse::<IpNetwork>().ok().filter(is_host).ok_or(Error::Field("addresses")))
+                .map(|text| {
+                    text.parse::<IpNetwork>()
+                        .ok()
+                        .filter(is_host)
+                        .ok_or(Error::Field("addresses"))
+                })
                 .collect::<Result<_, _>>()?,
             issued_at: reader.time("issue time")?,
             expires_at: reader.time("expiry")?,
             serial: u64::from_be_bytes(reader.array("serial")?),
         };
-        if reader.0.is_empty() { Ok(fields) } else { Err(Error::Trailing(reader.0.len())) }
+        if reader.0.is_empty() {
+            Ok(fields)
+        } else {
+            Err(Error::Trailing(reader.0.len()))
+        }
     }
 
     /// Whether the approval holds at `now`, allowing [`MAX_CLOCK_SKEW`] on both ends.
@@ -205,7 +227,10 @@ mod tests {
         assert_eq!(sample().check_time(at(1_000_000 - 120)), Ok(()));
         assert!(matches!(sample().check_time(at(1_000_000 - 121)), Err(Error::Early(_))));
         assert_eq!(sample().check_time(at(1_003_600 + 119)), Ok(()));
-        assert!(matches!(sample().check_time(at(1_003_600 + 120)), Err(Error::Expired(_))));
+        assert!(matches!(
+            sample().check_time(at(1_003_600 + 120)),
+            Err(Error::Expired(_))
+        ));
         let mut long = sample();
         long.expires_at = at(1_000_000 + 24 * 3600 + 1);
         assert_eq!(long.check_time(at(1_000_000)), Err(Error::Life));

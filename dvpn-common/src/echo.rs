@@ -46,7 +46,11 @@ impl EchoKey {
 
     /// The nonce of a valid request, or nothing: a stranger gets no answer.
     pub fn open_request(&self, packet: &[u8]) -> Option<[u8; 8]> {
-        if packet.len() == REQUEST_BYTES { self.open(packet, REQUEST_LABEL) } else { None }
+        if packet.len() == REQUEST_BYTES {
+            self.open(packet, REQUEST_LABEL)
+        } else {
+            None
+        }
     }
 
     /// The reply to the request that carried `nonce`.
@@ -58,7 +62,11 @@ impl EchoKey {
 
     /// The nonce of a valid reply.
     pub fn open_reply(&self, packet: &[u8]) -> Option<[u8; 8]> {
-        if packet.len() == REPLY_BYTES { self.open(packet, REPLY_LABEL) } else { None }
+        if packet.len() == REPLY_BYTES {
+            self.open(packet, REPLY_LABEL)
+        } else {
+            None
+        }
     }
 
     fn fill(&self, packet: &mut [u8], label: &[u8; 12], nonce: [u8; 8]) {

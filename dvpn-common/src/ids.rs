@@ -20,7 +20,10 @@ fn check(text: &str) -> Result<(), Error> {
     if text.is_empty() || text.len() > MAX_ID_BYTES {
         return Err(Error::Length(text.len()));
     }
-    match text.chars().find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '-'))) {
+    match text
+        .chars()
+        .find(|c| !(c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | ':' | '-')))
+    {
         Some(c) => Err(Error::Character(c)),
         None => Ok(()),
     }

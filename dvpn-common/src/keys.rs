@@ -28,7 +28,11 @@ fn decode(text: &str) -> Result<Zeroizing<[u8; 32]>, Error> {
         Ok(_) | Err(_) => return Err(Error::NotBase64),
     }
     bytes.copy_from_slice(room.get(..32).unwrap_or_default());
-    if bytes.iter().all(|b| *b == 0) { Err(Error::Zero) } else { Ok(bytes) }
+    if bytes.iter().all(|b| *b == 0) {
+        Err(Error::Zero)
+    } else {
+        Ok(bytes)
+    }
 }
 
 macro_rules! public_key {
@@ -120,7 +124,13 @@ mod tests {
         let text = STANDARD.encode([7_u8; 32]);
         assert_eq!(text.parse::<PublicKey>().unwrap().to_string(), text);
         assert_eq!(STANDARD.encode([0_u8; 32]).parse::<PublicKey>(), Err(Error::Zero));
-        for bad in ["", "abc", &STANDARD.encode([7_u8; 31]), &STANDARD.encode([7_u8; 33]), &format!("{text}=")] {
+        for bad in [
+            "",
+            "abc",
+            &STANDARD.encode([7_u8; 31]),
+            &STANDARD.encode([7_u8; 33]),
+            &format!("{text}="),
+        ] {
             assert_eq!(bad.parse::<PublicKey>(), Err(Error::NotBase64), "{bad}");
         }
     }

@@ -64,7 +64,8 @@ impl<'a> MakeWriter<'a> for Tail {
 pub fn init(filter: &str) -> Result<Tail, String> {
     let tail = Tail::default();
     // Libraries that write names, passwords or packets at debug level stay silent whatever the operator asks for.
-    let filter = EnvFilter::try_new(format!("{filter},{QUIET}")).map_err(|error| format!("DVPN_LOG {filter:?} does not read: {error}"))?;
+    let filter = EnvFilter::try_new(format!("{filter},{QUIET}"))
+        .map_err(|error| format!("DVPN_LOG {filter:?} does not read: {error}"))?;
     let format = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false);
     let screen: Box<dyn tracing_subscriber::Layer<_> + Send + Sync> = if std::env::var_os("JOURNAL_STREAM").is_some() {
         Box::new(format.with_writer(io::stderr).without_time())

@@ -98,7 +98,13 @@ impl Node {
         };
         let end = CancellationToken::new();
         let task = tokio::spawn(serve(plan, end.clone()));
-        Ok(Self { id, public_key: key, status: status_view, end, task })
+        Ok(Self {
+            id,
+            public_key: key,
+            status: status_view,
+            end,
+            task,
+        })
     }
 
     /// Takes everything down and waits for it.

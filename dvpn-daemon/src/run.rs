@@ -8,11 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow};
-use dvpn_core::{
-    audit::Event,
-    config::Config,
-    session::Restored,
-};
+use dvpn_core::{audit::Event, config::Config, session::Restored};
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -77,7 +73,13 @@ pub fn refuse(error: &settings::Error) -> ExitCode {
 
 /// `--simulate`: the session machine in `seeds` hostile worlds.
 pub fn simulate(seeds: u64) -> ExitCode {
-    let report = dvpn_core::sim::run(0..seeds, dvpn_core::Now { instant: Instant::now(), wall: Timestamp::now() });
+    let report = dvpn_core::sim::run(
+        0..seeds,
+        dvpn_core::Now {
+            instant: Instant::now(),
+            wall: Timestamp::now(),
+        },
+    );
     let printed = print(&report.to_string());
     if report.is_good() { printed } else { ExitCode::FAILURE }
 }
@@ -154,7 +156,8 @@ pub fn serve(arguments: Arguments, config: Config) -> ExitCode {
 
 /// The proxy's connections need descriptors: the soft limit is raised to the hard one.
 fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::debug!("raising the limit of open files: {error}");
     }
@@ -163,24 +166,38 @@ fn raise_descriptor_limit() {
 async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Result<Ended> {
     let config = Arc::new(config);
     let mut random = [0_u8; 40];
-    SysRng.try_fill_bytes(&mut random).map_err(|error| anyhow!("the operating system gives no random numbers: {error}"))?;
+    SysRng
+        .try_fill_bytes(&mut random)
+        .map_err(|error| anyhow!("the operating system gives no random numbers: {error}"))?;
     let (seed, run) = random.split_first_chunk::<32>().context("32 of 40 bytes")?;
-    let audit = Audit::open(run.iter().map(|byte| format!("{byte:02x}")).collect());
-    audit.record(&Event::Started { version: env!("CARGO_PKG_VERSION").to_owned() });
+    let run = run.first_chunk::<8>().context("8 of 40 bytes")?;
+    let audit = Audit::open(format!("{:016x}", u64::from_be_bytes(*run)));
+    audit.record(&Event::Started {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    });
 
     let state = State::open(&config.state_directory, config.token_passphrase.as_ref())?;
     let host = Arc::new(Host::open()?);
     let metrics = Metrics::new().context("registering the metrics")?;
     let client = http::Client::new(http::Options::default());
-    let payment = config.payment_api_url.clone().map(|url| Payment::new(client.clone(), url));
+    let payment = config
+        .payment_api_url
+        .clone()
+        .map(|url| Payment::new(client.clone(), url));
     let pool = config.pool_url.clone().map(|url| Pool::new(client.clone(), url));
     let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), config.development);
 
     let views = Views::new(&config);
     let (commands, orders) = mpsc::channel(16);
     let own_uid = nix::unistd::geteuid().as_raw();
-    let control =
-        Control::new(commands.clone(), views.status(), tail, audit.clone(), payments.clone(), own_uid);
+    let control = Control::new(
+        commands.clone(),
+        views.status(),
+        tail,
+        audit.clone(),
+        payments.clone(),
+        own_uid,
+    );
     let counters = Arc::new(Mutex::new(None));
 
     // Everything that others reach stands before anybody is told that it does.
@@ -198,7 +215,11 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let proxy_end = CancellationToken::new();
     tokio::spawn(socks5::serve(
         proxy_listener,
-        config.socks5.login.as_ref().map(|(user, password)| socks5::Credentials::new(user, password.expose())),
+        config
+            .socks5
+            .login
+            .as_ref()
+            .map(|(user, password)| socks5::Credentials::new(user, password.expose())),
         views.path(),
         proxy_metrics,
         proxy_end.clone(),
@@ -219,7 +240,17 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let node = start_node(&config, &state, &host, &client, &audit).await;
     let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
     let restored = restore(&state, &config).await;
-    let parts = Parts { config, state, host, pool, payment, own_node, audit, metrics, counters };
+    let parts = Parts {
+        config,
+        state,
+        host,
+        pool,
+        payment,
+        own_node,
+        audit,
+        metrics,
+        counters,
+    };
     let driver = Driver::new(parts, *seed, restored, views).await;
     let ended = driver.run(orders, reload, network, terminated()).await;
     notify("STOPPING=1");
@@ -274,7 +305,11 @@ async fn restore(state: &State, config: &Config) -> Restored {
             None
         }
     };
-    Restored { wish: state.wish(), last_endpoint: state.last_endpoint(), subscription }
+    Restored {
+        wish: state.wish(),
+        last_endpoint: state.last_endpoint(),
+        subscription,
+    }
 }
 
 /// Reads the programs' counters whenever the metrics page is asked for.
@@ -322,18 +357,26 @@ async fn terminated() {
 
 /// SIGHUP: reads the configuration again; a bad one is refused and the old one holds.
 async fn reload_on_hangup(arguments: Arguments, reload: mpsc::Sender<Arc<Config>>, audit: Audit) {
-    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else {
+        return;
+    };
     while hangup.recv().await.is_some() {
         match arguments.load(std::env::vars_os()) {
             Ok(config) => {
-                audit.record(&Event::ConfigReloaded { accepted: true, reason: None });
+                audit.record(&Event::ConfigReloaded {
+                    accepted: true,
+                    reason: None,
+                });
                 tracing::info!("the configuration was read again; listeners and keys change at the next restart");
                 if reload.send(Arc::new(config)).await.is_err() {
                     return;
                 }
             }
             Err(refused) => {
-                audit.record(&Event::ConfigReloaded { accepted: false, reason: Some(refused.to_string()) });
+                audit.record(&Event::ConfigReloaded {
+                    accepted: false,
+                    reason: Some(refused.to_string()),
+                });
                 tracing::error!("the new configuration is refused, the old one holds: {refused}");
             }
         }

@@ -27,7 +27,10 @@ fn the_readme_has_the_table_of_settings() {
     let readme = fs::read_to_string(at_top("README.md")).unwrap();
     let (head, rest) = readme.split_once(BEGIN).unwrap();
     let (_, tail) = rest.split_once(END).unwrap();
-    holds("README.md", &format!("{head}{BEGIN}\n{}\n{END}{tail}", config::markdown_table().trim()));
+    holds(
+        "README.md",
+        &format!("{head}{BEGIN}\n{}\n{END}{tail}", config::markdown_table().trim()),
+    );
 }
 
 #[test]

@@ -131,6 +131,7 @@ impl Daemon {
 
     /// Version of the daemon.
     #[zbus(property(emits_changed_signal = "const"))]
+    #[expect(clippy::unused_self, reason = "a D-Bus property belongs to an object")]
     fn version(&self) -> String {
         env!("CARGO_PKG_VERSION").to_owned()
     }

@@ -47,7 +47,7 @@ pub enum Error {
 pub struct Checkout {
     state: &'static str,
     session_id: String,
-    checkout_url: Option<String>,
+    url: Option<String>,
     bitcoin_uri: Option<String>,
     amount_btc: Option<String>,
     amount_sats: Option<u64>,
@@ -61,7 +61,7 @@ impl Checkout {
         let known = [
             ("state", Some(self.state.to_owned())),
             ("session_id", Some(self.session_id)),
-            ("checkout_url", self.checkout_url),
+            ("checkout_url", self.url),
             ("bitcoin_uri", self.bitcoin_uri),
             ("amount_btc", self.amount_btc),
             ("amount_sats", self.amount_sats.map(|sats| sats.to_string())),
@@ -125,7 +125,7 @@ impl Open {
         Checkout {
             state,
             session_id: response.session_id.to_string(),
-            checkout_url: response.checkout_url,
+            url: response.checkout_url,
             bitcoin_uri: response.bitcoin_uri,
             amount_btc: response.amount_btc,
             amount_sats: response.amount_sats,

@@ -58,10 +58,11 @@ pub(super) fn is_down(state: StateName) -> bool {
 /// One line for each change a person would want to read.
 pub(super) fn log(before: &Status, now: &Status) {
     if before.state != now.state {
-        match &now.provider {
-            Some(provider) => tracing::info!("{} (provider {})", now.state.as_str(), provider.id),
-            None => tracing::info!("{}", now.state.as_str()),
-        }
+        let provider = now
+            .provider
+            .as_ref()
+            .map(|provider| format!(" (provider {})", provider.id));
+        tracing::info!("{}{}", now.state.as_str(), provider.unwrap_or_default());
     }
     if before.problem != now.problem
         && let Some(problem) = &now.problem

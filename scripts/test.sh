@@ -67,14 +67,17 @@ tier_netns() {
     return
   fi
   packages "the system tests" iproute2 iputils-ping dbus systemd nftables tcpdump strace curl openssl procps kmod
-  # One build for programs and tests: the same packages, so the same features of every dependency.
-  say "netns: building the programs (profile lab)"
-  if ! DVPN_EBPF_REQUIRED=1 cargo build --locked --profile lab -p dvpn-daemon -p dvpn-pool -p dvpn-tests --bins; then
+  # Programs and tests in one selection of packages and targets: another selection has other features, and would
+  # compile every dependency again.
+  local selection=(-p dvpn-daemon -p dvpn-pool -p dvpn-tests --bins) target
+  for target in tunnel host hostile ebpf netns; do selection+=(--test "$target"); done
+  say "netns: building programs and tests (profile lab)"
+  if ! DVPN_EBPF_REQUIRED=1 cargo build --locked --profile lab "${selection[@]}"; then
     warn "the programs do not build"
     failed=$((failed + 1))
     return
   fi
-  nextest netns --cargo-profile lab -p dvpn-tests
+  nextest netns --cargo-profile lab "${selection[@]}"
 }
 
 # scripts/fuzz.sh SECONDS runs every target for that long and closes with the same line as this script.

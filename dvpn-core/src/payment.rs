@@ -164,7 +164,7 @@ pub fn judge(status: u16, body: &[u8], now: Timestamp) -> Verification {
 }
 
 fn not_paid(what: String) -> Verification {
-    let how = "pay for this month (Payments in the tray, or `dvpnctl payments`)".to_owned();
+    let how = "pay for this month (the D-Bus method Payments)".to_owned();
     Verification::NotPaid(Failure {
         what,
         how,

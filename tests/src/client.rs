@@ -65,7 +65,7 @@ impl Client {
     /// Waits until `/health` shows what is wanted; the last document is part of the error.
     pub fn wait_status(&self, what: &str, patience: Duration, wanted: impl Fn(&Status) -> bool) -> Result<Status> {
         let mut last = None;
-        let waited = wait_for(what, patience, || {
+        let outcome = wait_for(what, patience, || {
             let Ok((_, status)) = self.health() else {
                 return Ok(None);
             };
@@ -75,7 +75,7 @@ impl Client {
             last = Some(status);
             Ok(None)
         });
-        waited.with_context(|| match &last {
+        outcome.with_context(|| match &last {
             Some(status) => format!(
                 "state {}, payment {:?}, problem {:?}, provider {:?}",
                 status.state.as_str(),

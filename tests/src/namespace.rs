@@ -62,7 +62,7 @@ impl Namespace {
             Ok(work())
         };
         std::thread::scope(|scope| scope.spawn(inside).join())
-            .map_err(|_| anyhow!("a thread in the network namespace {} panicked", self.name))?
+            .unwrap_or_else(|_| Err(anyhow!("a thread in the network namespace {} panicked", self.name)))
     }
 
     /// Runs `ip` commands in this namespace, one a line, all or an error that names the line.

@@ -54,7 +54,7 @@ impl Process {
             }
             command
                 .spawn()
-                .with_context(|| format!("starting {:?}: build it first", command.get_program()))
+                .with_context(|| format!("starting {}: build it first", command.get_program().display()))
         })??;
         Ok(Self {
             name: name.to_owned(),

@@ -109,7 +109,7 @@ impl Error {
 
     fn how(&self) -> &'static str {
         match self {
-            Self::SubscriptionOver(_) => "pay for the next month (Payments in the tray, or `dvpnctl payments`)",
+            Self::SubscriptionOver(_) => "pay for the next month (the D-Bus method Payments)",
             Self::Token { .. } => "check that the stored token is for this pool, or pay for a new one",
             Self::Denied { .. } | Self::ProviderSilent { .. } => "the next provider is tried",
             Self::Status { .. } => "it will be asked again; check POOL_URL if this stays",

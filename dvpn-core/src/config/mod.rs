@@ -205,7 +205,7 @@ impl Config {
         let token = self.token(stored);
         if token.is_none() {
             missing.push("payment token");
-            cures.push("pay with Payments (tray) or `dvpnctl payments`, or set PAYMENT_TOKEN_FILE");
+            cures.push("pay through the D-Bus method Payments, or set PAYMENT_TOKEN_FILE");
         }
         if missing.is_empty() {
             return token.and_then(|token| payment::check_token(token.expose(), self.development).err());

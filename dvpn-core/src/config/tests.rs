@@ -200,7 +200,7 @@ fn what_is_missing_is_no_error_but_stops_the_session_with_a_cure() {
             .not_configured
             .unwrap()
             .how
-            .contains("dvpnctl payments")
+            .contains("the D-Bus method Payments")
     );
     let (real, development) = (Secret::new("dvpn_1"), Secret::new("dev_1"));
     assert_eq!(config.session(Some(&real)).not_configured, None);

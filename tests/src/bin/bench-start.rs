@@ -4,7 +4,8 @@
 //! `one-click.sh`: providers at 8, 10 and 13 ms.
 
 use std::{
-    io::Write as _,
+    fmt::Write as _,
+    io::Write as IoWrite,
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
     }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            drop(writeln!(std::io::stderr(), "bench-start: {error:#}"));
+            drop(IoWrite::write_fmt(&mut std::io::stderr(), format_args!("bench-start: {error:#}\n")));
             ExitCode::FAILURE
         }
     }
@@ -54,13 +55,13 @@ fn measure() -> Result<String> {
     ];
     let mut text = format!("{:<16} {:>8} {:>8} {:>8}\n", "figure", "least", "median", "most");
     for (name, [least, median, most]) in &rows {
-        text.push_str(&format!("{name:<16} {least:>8.1} {median:>8.1} {most:>8.1}\n"));
+        writeln!(text, "{name:<16} {least:>8.1} {median:>8.1} {most:>8.1}")?;
     }
     resident.sort_unstable();
     let kib = resident.last().copied().unwrap_or_default();
-    text.push_str(&format!("memory after {ROUNDS} sessions: {kib} KiB\n"));
+    writeln!(text, "memory after {ROUNDS} sessions: {kib} KiB")?;
     for (name, [_, median, _]) in rows {
-        text.push_str(&format!("figure {name} {median:.1}\n"));
+        writeln!(text, "figure {name} {median:.1}")?;
     }
     Ok(text)
 }

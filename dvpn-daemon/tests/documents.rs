@@ -16,7 +16,8 @@ fn at_top(name: &str) -> PathBuf {
 fn holds(name: &str, wanted: &str) {
     let path = at_top(name);
     if std::env::var_os("DVPN_UPDATE_DOCUMENTS").is_some() {
-        fs::write(&path, wanted).unwrap_or_else(|error| panic!("writing {name}: {error}"));
+        let written = fs::write(&path, wanted);
+        assert!(written.is_ok(), "writing {name}: {written:?}");
     }
     let found = fs::read_to_string(&path).unwrap_or_default();
     assert_eq!(found, wanted, "{name} differs from the code: see the head of this test");

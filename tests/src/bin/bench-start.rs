@@ -26,7 +26,10 @@ fn main() -> ExitCode {
     }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            drop(IoWrite::write_fmt(&mut std::io::stderr(), format_args!("bench-start: {error:#}\n")));
+            drop(IoWrite::write_fmt(
+                &mut std::io::stderr(),
+                format_args!("bench-start: {error:#}\n"),
+            ));
             ExitCode::FAILURE
         }
     }

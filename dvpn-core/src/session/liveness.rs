@@ -117,14 +117,18 @@ impl Liveness {
                 self.silent_since = Some(now);
             }
         }
-        self.climb(now)
+        let remedy = self.climb(now);
+        self.look_again_at_next_rung(now);
+        remedy
     }
 
-    /// No sample came in time, which is silence as well.
+    /// No sample came in time, which is silence as well; or a rung is due.
     pub(super) fn overdue(&mut self, now: Instant) -> Remedy {
         self.assess_at = now + SAMPLE_EVERY;
         self.silent_since.get_or_insert(self.sampled_at);
-        self.climb(now)
+        let remedy = self.climb(now);
+        self.look_again_at_next_rung(now);
+        remedy
     }
 
     /// Something happened after which silence would mean more than usual: count from now.
@@ -159,6 +163,22 @@ impl Liveness {
             }
             Rung::Rebound if silence >= LOST_AFTER => Remedy::Lost,
             Rung::Probing | Rung::Degraded | Rung::Rebound => Remedy::Probe,
+        }
+    }
+
+    /// Samples come by the second; a rung is climbed when its time has come, not at the sample after.
+    fn look_again_at_next_rung(&mut self, now: Instant) {
+        let after = match self.rung {
+            Rung::Fine => PROBE_AFTER,
+            Rung::Probing => DEGRADED_AFTER,
+            Rung::Degraded => REBIND_AFTER,
+            Rung::Rebound => LOST_AFTER,
+        };
+        if let Some(since) = self.silent_since {
+            let due = since + after;
+            // Behind after a pause of the daemon: one rung a second until it has caught up.
+            let due = if due > now { due } else { now + SAMPLE_EVERY };
+            self.assess_at = self.assess_at.min(due);
         }
     }
 }

@@ -21,7 +21,7 @@ use rand::Rng;
 use socket::{Kind, Received, Socket};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
-use train::{RETRAIN_AFTER, SPACING, TRAIN, Train};
+use train::{RETRAIN_AFTER, SPACING, TRAIN, Train, patience};
 
 /// How to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +110,12 @@ pub async fn measure(candidates: Vec<Provider>, options: Options) -> Vec<Measure
     let mut retrained = false;
     loop {
         let now = Instant::now();
+        // Who is silent long after somebody answered is not the nearest: a dead candidate costs this, not the deadline.
+        let nearest = candidates
+            .iter()
+            .filter_map(|candidate| candidate.train.settled_latency(now.into_std()))
+            .min();
+        let deadline = nearest.map_or(deadline, |nearest| deadline.min(start + patience(nearest)));
         if now >= deadline
             || candidates
                 .iter()

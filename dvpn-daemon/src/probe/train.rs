@@ -13,8 +13,17 @@ const FIGURE_OF: usize = 3;
 /// The rest of a train is waited for this many round trips, and not less than [`MIN_GRACE`].
 const GRACE_ROUND_TRIPS: u32 = 3;
 const MIN_GRACE: Duration = Duration::from_millis(10);
+/// Longest wait for a silent candidate while another has answered: 400 ms is the far side of the Earth and back.
+const MIN_PATIENCE: Duration = Duration::from_millis(400);
+/// The same in round trips of the nearest, for those who are far from everybody.
+const PATIENCE_ROUND_TRIPS: u32 = 20;
 /// A longer round trip is a step of the wall clock.
 const MAX_ROUND_TRIP: Duration = Duration::from_secs(5);
+
+/// How long others are waited for once the nearest has answered.
+pub(super) fn patience(nearest: Duration) -> Duration {
+    MIN_PATIENCE.max(nearest * PATIENCE_ROUND_TRIPS)
+}
 
 /// One candidate's requests and answers.
 #[derive(Debug, Default)]
@@ -59,6 +68,11 @@ impl Train {
         }
         let longest = self.round_trips.iter().max()?;
         Some(self.last_sent? + (*longest * GRACE_ROUND_TRIPS).max(MIN_GRACE))
+    }
+
+    /// The figure, once nothing more is waited for.
+    pub(super) fn settled_latency(&self, now: Instant) -> Option<Duration> {
+        self.is_settled(now).then(|| self.latency()).flatten()
     }
 
     /// Whether nothing more is waited for.

@@ -47,7 +47,7 @@ fn a_pool_that_turns_hostile_costs_no_tunnel_and_is_a_visible_problem() -> Resul
             status
                 .problem
                 .as_ref()
-                .is_some_and(|problem| problem.what.contains("10,000"))
+                .is_some_and(|problem| problem.what.contains("10000"))
         })?;
     let problem = status.problem.context("a problem")?;
     ensure!(!problem.how.is_empty(), "{problem:?}");

@@ -1,10 +1,10 @@
 //! The DVPN system service.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use dvpn_daemon::{
     run,
-    settings::{Arguments, Task},
+    settings::{Arguments, DEFAULT_BPF_DIRECTORY, Task},
 };
 
 fn main() -> ExitCode {
@@ -17,11 +17,16 @@ fn main() -> ExitCode {
     }
     let config = match arguments.load(std::env::vars_os()) {
         Ok(config) => config,
+        // What is left on the machine goes whatever the configuration has become.
+        Err(error) if arguments.task == Task::Cleanup => {
+            run::refuse(&error);
+            return run::cleanup(Path::new(DEFAULT_BPF_DIRECTORY));
+        }
         Err(error) => return run::refuse(&error),
     };
     match arguments.task {
         Task::Run | Task::Simulate { .. } => run::serve(arguments, config),
         Task::CheckConfig => run::print("the configuration is good"),
-        Task::Cleanup => run::cleanup(&config),
+        Task::Cleanup => run::cleanup(&config.bpf_directory),
     }
 }

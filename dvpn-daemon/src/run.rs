@@ -2,6 +2,7 @@
 
 use std::{
     io::Write as _,
+    path::Path,
     process::ExitCode,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -85,11 +86,11 @@ pub fn simulate(seeds: u64) -> ExitCode {
 }
 
 /// `--cleanup`: takes everything of ours off the machine and says what it was.
-pub fn cleanup(config: &Config) -> ExitCode {
+pub fn cleanup(bpf_directory: &Path) -> ExitCode {
     let report = runtime().and_then(|runtime| {
         runtime.block_on(async {
             let host = Host::open()?;
-            Ok(host.cleanup(&config.bpf_directory).await)
+            Ok(host.cleanup(bpf_directory).await)
         })
     });
     let report = match report {
@@ -179,13 +180,15 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let state = State::open(&config.state_directory, config.token_passphrase.as_ref())?;
     let host = Arc::new(Host::open()?);
     let metrics = Metrics::new().context("registering the metrics")?;
-    let client = http::Client::new(http::Options::default());
+    let client = http::Client::new(http::Options {
+        ca_file: config.ssl_cert_file.clone(),
+    });
     let payment = config
         .payment_api_url
         .clone()
         .map(|url| Payment::new(client.clone(), url));
     let pool = config.pool_url.clone().map(|url| Pool::new(client.clone(), url));
-    let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), config.development);
+    let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), &config);
 
     let views = Views::new(&config);
     let (commands, orders) = mpsc::channel(16);
@@ -367,7 +370,10 @@ async fn reload_on_hangup(arguments: Arguments, reload: mpsc::Sender<Arc<Config>
                     accepted: true,
                     reason: None,
                 });
-                tracing::info!("the configuration was read again; listeners and keys change at the next restart");
+                tracing::info!(
+                    "the configuration was read again: the choice of providers, MESH_SAMPLE_SIZE and the fallback change \
+                     now, everything else at the next restart"
+                );
                 if reload.send(Arc::new(config)).await.is_err() {
                     return;
                 }

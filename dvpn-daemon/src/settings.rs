@@ -20,6 +20,8 @@ use dvpn_core::config::{self, Config, Kind, SETTINGS, Source};
 pub const EXIT_CONFIG: u8 = 78;
 /// The file read unless `--config` names another; missing, it counts as empty.
 pub const DEFAULT_FILE: &str = "/etc/dvpn/dvpn.toml";
+/// Where pins are when no configuration says otherwise.
+pub const DEFAULT_BPF_DIRECTORY: &str = "/sys/fs/bpf/dvpn";
 /// Simulated sessions of `--simulate` without a number.
 pub const DEFAULT_SEEDS: u64 = 1000;
 

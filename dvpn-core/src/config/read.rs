@@ -151,6 +151,18 @@ impl<'a> Reader<'a> {
         fallback
     }
 
+    /// A switch that must stay off in a version that could not keep its promise.
+    fn promise(&mut self, name: &'static str) -> bool {
+        let wanted = self.flag(name);
+        if wanted {
+            self.together(
+                name,
+                "this version has no device mode and blocks nothing: leave it false",
+            );
+        }
+        wanted
+    }
+
     fn tunnel(&mut self) -> TunnelSettings {
         let addresses = self.list("WG_ADDRESS", |text| {
             text.parse::<IpNetwork>()
@@ -174,8 +186,8 @@ impl<'a> Reader<'a> {
                     .filter(|address| is_unicast(*address))
                     .ok_or_else(|| "must be IP addresses of resolvers".to_owned())
             }),
-            kill_switch: self.flag("KILL_SWITCH"),
-            lockdown: self.flag("LOCKDOWN"),
+            kill_switch: self.promise("KILL_SWITCH"),
+            lockdown: self.promise("LOCKDOWN"),
             allow_lan: self.flag("ALLOW_LAN"),
             allow_inbound: if ports.is_empty() { None } else { Some(ports) },
         }

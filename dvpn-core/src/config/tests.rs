@@ -60,7 +60,7 @@ fn values_become_what_they_mean() {
         ("NODE_PUBLIC_PROBE", "[2001:db8::7]:9"),
         ("ALLOW_INBOUND", "22,443"),
         ("STATE_DIRECTORY", "/a:/b"),
-        ("LOCKDOWN", "On"),
+        ("ALLOW_LAN", "On"),
         ("SOCKS5_LISTEN", "0.0.0.0:1080"),
         ("SOCKS5_USER", "me"),
         ("SOCKS5_PASSWORD", " p"),
@@ -77,7 +77,7 @@ fn values_become_what_they_mean() {
     assert_eq!(config.node.public_probe, Some("[2001:db8::7]:9".parse().unwrap()));
     assert_eq!(config.tunnel.allow_inbound, Some(vec![22, 443]));
     assert_eq!(config.state_directory, PathBuf::from("/a"));
-    assert!(config.tunnel.lockdown);
+    assert!(config.tunnel.allow_lan);
     let (user, password) = config.socks5.login.unwrap();
     assert_eq!((user.as_str(), password.expose()), ("me", " p"));
 }
@@ -113,6 +113,8 @@ fn each_rule_refuses_and_names_its_setting() {
         (&[("BANDWIDTH_TOTAL_MBPS", "-1")], "megabits"),
         (&[("BANDWIDTH_TOTAL_MBPS", "1e3")], "megabits"),
         (&[("FALLBACK_ENABLED", "true")], "FALLBACK_ORCHESTRATOR_URL"),
+        (&[("KILL_SWITCH", "true")], "blocks nothing"),
+        (&[("LOCKDOWN", "true")], "blocks nothing"),
         (&[("UPNP_ENABLED", "ja")], "true or false"),
         (&[("POOL_PUBLIC_KEY", "x")], "base64"),
         (&[("TUNNEL_DNS", "one.one.one.one")], "resolvers"),
@@ -218,8 +220,8 @@ fn what_is_missing_is_no_error_but_stops_the_session_with_a_cure() {
         "dev_2",
         "configured beats stored"
     );
-    let session = good(&[("LOCKDOWN", "1"), ("KILL_SWITCH", "1"), ("MESH_SAMPLE_SIZE", "9")]).session(None);
-    assert!(session.lockdown && session.kill_switch && session.sample_size == 9 && !session.fallback);
+    let session = good(&[("MESH_SAMPLE_SIZE", "9")]).session(None);
+    assert!(!session.lockdown && !session.kill_switch && session.sample_size == 9 && !session.fallback);
 }
 
 #[test]

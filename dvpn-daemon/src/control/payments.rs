@@ -7,9 +7,14 @@ use std::{sync::Arc, time::Duration};
 
 use dvpn_common::{
     contract::{CheckoutRequest, CheckoutResponse, CheckoutState, CheckoutStatus},
+    ids::{CheckoutId, UserId},
     limits::{REQUIRED_INTERVAL, REQUIRED_PRICE_USD, REQUIRED_WALLET},
 };
-use dvpn_core::{audit::Event, config::Secret, payment::is_development_token};
+use dvpn_core::{
+    audit::Event,
+    config::{Config, Secret},
+    payment::is_development_token,
+};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, mpsc};
@@ -93,6 +98,10 @@ fn pending() -> CheckoutStatus {
     }
 }
 
+fn is_worth_asking(ends_at: Timestamp, now: Timestamp) -> bool {
+    ends_at.checked_add(GRACE).is_ok_and(|end| now < end)
+}
+
 impl Open {
     fn ends_at(&self) -> Timestamp {
         let end = self
@@ -108,9 +117,6 @@ impl Open {
             CheckoutState::Seen | CheckoutState::Confirming => true,
             CheckoutState::Confirmed | CheckoutState::Expired => false,
         }
-    }
-    fn is_worth_asking(&self, now: Timestamp) -> bool {
-        self.ends_at().checked_add(GRACE).is_ok_and(|end| now < end)
     }
     fn shown(&self) -> Checkout {
         let response = self.response.clone();
@@ -144,17 +150,20 @@ struct Inner {
     state: State,
     audit: Audit,
     development: bool,
+    user_id: Option<UserId>,
     open: Mutex<Option<Open>>,
 }
 
 impl Payments {
-    /// `server` is nothing while `PAYMENT_API_URL` is not set. `development` accepts tokens made without a payment.
-    pub fn new(server: Option<Payment>, state: State, audit: Audit, development: bool) -> Self {
+    /// `server` is nothing while `PAYMENT_API_URL` is not set.
+    pub fn new(server: Option<Payment>, state: State, audit: Audit, config: &Config) -> Self {
+        let (development, user_id) = (config.development, config.user_id.clone());
         Self(Arc::new(Inner {
             server,
             state,
             audit,
             development,
+            user_id,
             open: Mutex::new(None),
         }))
     }
@@ -170,12 +179,13 @@ impl Payments {
             }
         };
         match serde_json::from_slice::<Open>(&stored) {
-            Ok(open) if open.is_worth_asking(Timestamp::now()) => {
+            Ok(open) if is_worth_asking(open.ends_at(), Timestamp::now()) => {
                 tracing::info!("following the checkout {} that was open", open.response.session_id);
+                let (checkout, ends_at) = (open.response.clone(), open.ends_at());
                 *self.0.open.lock().await = Some(open);
-                tokio::spawn(self.clone().follow(commands));
+                tokio::spawn(self.clone().follow(checkout, ends_at, commands));
             }
-            Ok(_) => self.forget().await,
+            Ok(over) => self.forget(&over.response.session_id).await,
             Err(error) => tracing::warn!("the stored checkout does not read: {error}"),
         }
     }
@@ -190,7 +200,10 @@ impl Payments {
         }
         let state_error = |error: crate::state::Error| Error::State(error.to_string());
         let request = CheckoutRequest {
-            user_id: self.0.state.user_id().map_err(state_error)?,
+            user_id: match &self.0.user_id {
+                Some(configured) => configured.clone(),
+                None => self.0.state.user_id().map_err(state_error)?,
+            },
             required_wallet: REQUIRED_WALLET.to_owned(),
             required_price_usd: REQUIRED_PRICE_USD,
             required_interval: REQUIRED_INTERVAL.to_owned(),
@@ -217,40 +230,38 @@ impl Payments {
             .store_checkout(&zeroize::Zeroizing::new(record))
             .await
             .map_err(state_error)?;
-        let following = slot.is_some();
-        let shown = open.shown();
+        let (shown, checkout, ends_at) = (open.shown(), open.response.clone(), open.ends_at());
         *slot = Some(open);
         drop(slot);
         self.0.audit.record(&Event::CheckoutStarted);
-        if !following {
-            tokio::spawn(self.clone().follow(commands));
-        }
+        tokio::spawn(self.clone().follow(checkout, ends_at, commands));
         Ok(shown)
     }
 
-    async fn forget(&self) {
-        *self.0.open.lock().await = None;
+    /// Forgets this checkout; one that was begun meanwhile stays.
+    async fn forget(&self, id: &CheckoutId) {
+        let mut slot = self.0.open.lock().await;
+        if slot.as_ref().is_some_and(|open| open.response.session_id != *id) {
+            return;
+        }
+        *slot = None;
         if let Err(error) = self.0.state.clear_checkout() {
             tracing::warn!("removing the stored checkout: {error}");
         }
     }
 
-    /// Asks until the open checkout is confirmed or not worth asking about.
-    async fn follow(self, commands: mpsc::Sender<Command>) {
+    /// Asks about one checkout until it is confirmed or not worth asking about: also after its end, since a payment may
+    /// be seen late. A checkout begun meanwhile has a follower of its own.
+    async fn follow(self, checkout: CheckoutResponse, ends_at: Timestamp, commands: mpsc::Sender<Command>) {
         let Some(server) = self.0.server.clone() else { return };
+        let id = &checkout.session_id;
         for poll in 0_u32.. {
             tokio::time::sleep(if poll < FAST_POLLS { FAST_POLL } else { SLOW_POLL }).await;
-            let Some(open) = self.0.open.lock().await.clone() else {
-                return;
-            };
-            if !open.is_worth_asking(Timestamp::now()) {
-                tracing::info!("the checkout {} ended unpaid", open.response.session_id);
-                return self.forget().await;
+            if !is_worth_asking(ends_at, Timestamp::now()) {
+                tracing::info!("the checkout {id} ended unpaid");
+                return self.forget(id).await;
             }
-            let asked = server
-                .checkout_status(&open.response.session_id, open.response.secret.as_deref())
-                .await;
-            let progress = match asked {
+            let mut progress = match server.checkout_status(id, checkout.secret.as_deref()).await {
                 Ok((200..=299, body)) => match serde_json::from_slice::<CheckoutStatus>(&body) {
                     Ok(progress) => progress,
                     Err(error) => {
@@ -267,28 +278,23 @@ impl Payments {
                     continue;
                 }
             };
-            if let Some(token) = progress.token.clone() {
-                if self.keep(Secret::new(token)).await {
-                    self.forget().await;
-                    if commands.send(Command::TokenChanged).await.is_err() {
-                        tracing::debug!("the driver has ended; it reads the token at its next start");
-                    }
-                    return;
+            if let Some(token) = progress.token.take()
+                && self.keep(Secret::new(token)).await
+            {
+                self.forget(id).await;
+                if commands.send(Command::TokenChanged).await.is_err() {
+                    tracing::debug!("the driver has ended; it reads the token at its next start");
                 }
-                continue;
+                return;
             }
-            let expired = progress.status == CheckoutState::Expired;
-            if let Some(open) = self.0.open.lock().await.as_mut() {
+            let mut slot = self.0.open.lock().await;
+            if let Some(open) = slot.as_mut().filter(|open| open.response.session_id == *id) {
                 open.progress = progress;
-            }
-            if expired {
-                tracing::info!("the checkout {} ended unpaid", open.response.session_id);
-                return self.forget().await;
             }
         }
     }
 
-    /// Stores the token; false keeps the checkout, whose secret can fetch it again.
+    /// Stores the token; false goes on asking, for a server that hands it out again.
     async fn keep(&self, token: Secret) -> bool {
         let development = is_development_token(token.expose());
         if development && !self.0.development {

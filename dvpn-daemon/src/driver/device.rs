@@ -4,6 +4,7 @@
 //! does by itself — counts, handshakes, death — goes to the driver as inputs tagged with the attempt that made it.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -18,7 +19,7 @@ use dvpn_core::{
 use ipnetwork::IpNetwork;
 use tokio::{
     net::UdpSocket,
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::JoinSet,
     time::{MissedTickBehavior, interval, timeout},
 };
@@ -34,6 +35,8 @@ use crate::{
     },
 };
 
+/// What helps when the machine refuses to be configured.
+const CURE: &str = "the daemon needs CAP_NET_ADMIN; dvpn-daemon --cleanup removes what an earlier run left";
 /// How often the device's counters are read.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long one forced handshake may take before the next is sent.
@@ -51,8 +54,11 @@ pub(super) enum Order {
     Probe(Attempt),
     /// Take a new outer socket.
     Rebind(Attempt),
-    /// Take the device down.
+    /// Take the device down. What guards its addresses stays: a session that goes on elsewhere leaves sockets behind
+    /// that still send from them.
     TearDown(Attempt),
+    /// No session goes on: take away the guard, rules and routes as well.
+    Clear(oneshot::Sender<()>),
 }
 
 /// What the device task needs of the daemon.
@@ -87,21 +93,19 @@ pub(super) fn spawn(
     let (orders, mut queue) = mpsc::channel(32);
     tokio::spawn(async move {
         let mut device: Option<Device> = None;
+        let mut guarded = BTreeSet::new();
         while let Some(order) = queue.recv().await {
             match order {
                 Order::Configure(attempt, approval, key) => {
-                    tear_down(&surroundings, &path, device.take()).await;
-                    let outcome = configure(&surroundings, &inputs, attempt, &approval, key).await;
-                    let answer = match outcome {
+                    tear_down(&path, device.take()).await;
+                    guarded.extend(approval.addresses().iter().map(IpNetwork::ip));
+                    let answer = match configure(&surroundings, &inputs, attempt, &approval, key, &guarded).await {
                         Ok(made) => {
                             path.send_replace(Some((attempt, Arc::clone(&made.path))));
                             device = Some(made);
                             Ok(())
                         }
-                        Err(failure) => {
-                            undo(&surroundings).await;
-                            Err(failure)
-                        }
+                        Err(failure) => Err(failure),
                     };
                     tell(&inputs, Input::TunnelConfigured(attempt, answer)).await;
                 }
@@ -128,12 +132,20 @@ pub(super) fn spawn(
                     }
                 }
                 Order::TearDown(attempt) => {
-                    tear_down(&surroundings, &path, device.take()).await;
+                    tear_down(&path, device.take()).await;
                     tell(&inputs, Input::TornDown(attempt)).await;
+                }
+                Order::Clear(done) => {
+                    tear_down(&path, device.take()).await;
+                    undo(&surroundings).await;
+                    guarded.clear();
+                    if done.send(()).is_err() {
+                        tracing::debug!("nobody waits for the end of the tunnel's configuration");
+                    }
                 }
             }
         }
-        tear_down(&surroundings, &path, device.take()).await;
+        tear_down(&path, device.take()).await;
     });
     orders
 }
@@ -188,6 +200,7 @@ async fn configure(
     attempt: Attempt,
     approval: &Approval,
     private_key: PrivateKey,
+    guarded: &BTreeSet<IpAddr>,
 ) -> Result<Device, Failure> {
     let provider = approval.provider();
     let mtu_bytes = mtu(route_mtu(provider.endpoint), provider.endpoint);
@@ -205,26 +218,50 @@ async fn configure(
             keepalive: None,
         }],
     };
-    let cure = "the daemon needs CAP_NET_ADMIN; dvpn-daemon --cleanup removes what an earlier run left";
     let tunnel = UserspaceTunnel::create(config)
         .await
-        .map_err(|error| failure("making the tunnel", &error, cure))?;
+        .map_err(|error| failure("making the tunnel", &error, CURE))?;
     let tunnel = Arc::new(tunnel);
-    // Counting comes before the interface is up: no packet is missed. It is not needed for the tunnel to be safe.
-    match ebpf::Counters::attach(CLIENT_INTERFACE, &surroundings.bpf_directory) {
-        Ok(counters) => *lock(&surroundings.counters) = Some(counters),
-        Err(error) => tracing::info!("no packet counters on {CLIENT_INTERFACE}: {error}"),
+    // Only now is the interface ours: before, there is nothing to undo.
+    let made = finish(
+        surroundings,
+        inputs,
+        attempt,
+        approval,
+        Arc::clone(&tunnel),
+        mtu_bytes,
+        guarded,
+    )
+    .await;
+    if made.is_err() {
+        close(tunnel).await;
+        undo(surroundings).await;
     }
+    made
+}
+
+/// Gives the device its counters, guard, addresses and routes, in this order.
+async fn finish(
+    surroundings: &Surroundings,
+    inputs: &mpsc::Sender<Input>,
+    attempt: Attempt,
+    approval: &Approval,
+    tunnel: Arc<Box<dyn Tunnel>>,
+    mtu_bytes: u16,
+    guarded: &BTreeSet<IpAddr>,
+) -> Result<Device, Failure> {
+    let provider = approval.provider();
+    attach_counters(surroundings).await;
     let addresses: Vec<_> = approval.addresses().iter().map(IpNetwork::ip).collect();
     let guard = ClientGuard {
         interface: CLIENT_INTERFACE.to_owned(),
-        addresses: addresses.clone(),
+        addresses: guarded.iter().copied().collect(),
     };
     // The guard comes before the address it guards.
     surroundings
         .host
         .set_client_guard(Some(&guard))
-        .map_err(|error| failure("guarding the tunnel's addresses", &error, cure))?;
+        .map_err(|error| failure("guarding the tunnel's addresses", &error, CURE))?;
     let network = ClientNetwork {
         interface: CLIENT_INTERFACE.to_owned(),
         addresses: approval.addresses().to_vec(),
@@ -235,7 +272,7 @@ async fn configure(
         .host
         .client_up(&network)
         .await
-        .map_err(|error| failure("configuring the tunnel's interface", &error, cure))?;
+        .map_err(|error| failure("configuring the tunnel's interface", &error, CURE))?;
     let dns = if surroundings.dns.is_empty() {
         approval
             .gateways()
@@ -279,6 +316,18 @@ impl Device {
         // What has ended makes room.
         while self.tasks.try_join_next().is_some() {}
         self.tasks.spawn(work);
+    }
+}
+
+/// Counts before the interface is up, so that no packet is missed. The loader reads the kernel's types, tens of
+/// milliseconds of work: not on a thread that moves packets. Without counters the tunnel is as safe.
+async fn attach_counters(surroundings: &Surroundings) {
+    let directory = surroundings.bpf_directory.clone();
+    let attached = tokio::task::spawn_blocking(move || ebpf::Counters::attach(CLIENT_INTERFACE, &directory)).await;
+    match attached {
+        Ok(Ok(counters)) => *lock(&surroundings.counters) = Some(counters),
+        Ok(Err(error)) => tracing::info!("no packet counters on {CLIENT_INTERFACE}: {error}"),
+        Err(error) => tracing::warn!("attaching the packet counters: {error}"),
     }
 }
 
@@ -361,27 +410,26 @@ fn probe(device: &mut Device) {
     });
 }
 
-async fn tear_down(
-    surroundings: &Surroundings,
-    path: &watch::Sender<Option<(Attempt, Arc<TunnelPath>)>>,
-    device: Option<Device>,
-) {
+async fn tear_down(path: &watch::Sender<Option<(Attempt, Arc<TunnelPath>)>>, device: Option<Device>) {
     path.send_replace(None);
     let Some(mut device) = device else { return };
     device.tasks.shutdown().await;
-    // With the tasks gone this is the last handle; were it not, dropping it would end the device a little later.
-    if let Some(tunnel) = Arc::into_inner(device.tunnel) {
-        tunnel.close().await;
-    }
-    undo(surroundings).await;
+    close(device.tunnel).await;
 }
 
+/// With the tasks gone this is the last handle; were it not, dropping it would end the device a little later.
+async fn close(tunnel: Arc<Box<dyn Tunnel>>) {
+    if let Some(tunnel) = Arc::into_inner(tunnel) {
+        tunnel.close().await;
+    }
+}
+
+/// The guard goes last, and only if what it guards is gone.
 async fn undo(surroundings: &Surroundings) {
-    let undone = surroundings
-        .host
-        .client_down()
-        .await
-        .and(surroundings.host.set_client_guard(None));
+    let mut undone = surroundings.host.client_down().await;
+    if undone.is_ok() {
+        undone = surroundings.host.set_client_guard(None);
+    }
     if let Err(error) = undone {
         tracing::warn!("undoing the configuration of {CLIENT_INTERFACE}: {error}: dvpn-daemon --cleanup removes it");
     }

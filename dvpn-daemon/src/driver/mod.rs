@@ -79,9 +79,11 @@ pub struct Driver {
     keys: Keys,
     status: watch::Sender<Status>,
     path: watch::Sender<Option<(Attempt, Arc<TunnelPath>)>>,
+    /// A tunnel was configured and its traces are still on the machine.
+    configured: bool,
     usable_by: Option<Attempt>,
     usable: watch::Sender<Option<Arc<TunnelPath>>>,
-    stopping: Option<oneshot::Sender<()>>,
+    stopping: Vec<oneshot::Sender<()>>,
 }
 
 /// Both ends of what the driver shows: made first, so that the control servers can stand before the stored state is
@@ -153,9 +155,10 @@ impl Driver {
             keys,
             status: views.status,
             path,
+            configured: false,
             usable_by: None,
             usable: views.path,
-            stopping: None,
+            stopping: Vec::new(),
         }
     }
 
@@ -214,7 +217,8 @@ impl Driver {
         match command {
             Command::Start(done) => {
                 self.feed_config().await;
-                self.feed(Input::Start(self.choice.clone()));
+                // The standing choice is part of the configuration, so that it can be changed and lifted later.
+                self.feed(Input::Start(Choice::default()));
                 self.settle().await;
                 answer(done);
             }
@@ -222,7 +226,7 @@ impl Driver {
                 self.feed(Input::Stop);
                 self.settle().await;
                 // The caller hears of it once the tunnel is gone; see `publish`.
-                self.stopping = Some(done);
+                self.stopping.push(done);
                 self.publish();
             }
             Command::Choose(choice, done) => {
@@ -250,6 +254,9 @@ impl Driver {
     async fn settle(&mut self) {
         while let Some(action) = self.session.poll_action() {
             self.act(action).await;
+        }
+        if self.configured && status::is_at_rest(self.session.state()) {
+            self.clear().await;
         }
         self.publish();
     }
@@ -282,7 +289,10 @@ impl Driver {
                 }
             }
             Action::ConfigureTunnel(attempt, approval) => match self.keys.take(approval.client_key()) {
-                Some(key) => self.order(Order::Configure(attempt, approval, key)).await,
+                Some(key) => {
+                    self.configured = true;
+                    self.order(Order::Configure(attempt, approval, key)).await;
+                }
                 None => self.feed(Input::TunnelConfigured(attempt, Err(requests::key_lost()))),
             },
             Action::ForceHandshake(attempt) => self.order(Order::Handshake(attempt)).await,
@@ -306,6 +316,16 @@ impl Driver {
         }
     }
 
+    /// Takes the last traces of the tunnel off the machine and waits until they are gone.
+    async fn clear(&mut self) {
+        self.configured = false;
+        let (done, cleared) = oneshot::channel();
+        self.order(Order::Clear(done)).await;
+        if cleared.await.is_err() {
+            tracing::debug!("the tunnel task ended first");
+        }
+    }
+
     async fn order(&self, order: Order) {
         if self.orders.send(order).await.is_err() {
             tracing::error!("the tunnel task has ended: restart the daemon");
@@ -322,10 +342,8 @@ impl Driver {
             self.usable_by = by;
             self.usable.send_replace(path.map(|(_, path)| path));
         }
-        if status::is_down(status.state)
-            && let Some(done) = self.stopping.take()
-        {
-            answer(done);
+        if !status::is_going_down(status.state) {
+            self.stopping.drain(..).for_each(answer);
         }
         self.status.send_if_modified(|published| {
             let changed = *published != status;
@@ -346,14 +364,9 @@ impl Driver {
         for task in self.running.values() {
             task.abort();
         }
-        let (inputs_done, attempt) = (&mut self.inputs, Attempt(u64::MAX));
-        if self.orders.send(Order::TearDown(attempt)).await.is_ok() {
-            while let Some(input) = inputs_done.recv().await {
-                if matches!(input, Input::TornDown(done) if done == attempt) {
-                    break;
-                }
-            }
-        }
+        // The tunnel task may be telling us something that nobody will hear any more: its channel must not fill up.
+        self.inputs.close();
+        self.clear().await;
         if !self.parts.config.tunnel.lockdown
             && let Err(error) = self.parts.host.apply_policy(&dvpn_core::firewall::Policy::Open)
         {

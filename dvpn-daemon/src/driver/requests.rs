@@ -193,7 +193,6 @@ impl Requests {
 
     pub(super) fn provision(&self, attempt: Attempt, _subscription: Subscription) -> AbortHandle {
         self.spawn(async move {
-            // The configuration refuses FALLBACK_ENABLED in this release; the machine is answered all the same.
             let failure = Failure {
                 what: "fallback providers are not in this release".to_owned(),
                 how: "set FALLBACK_ENABLED=false".to_owned(),
@@ -245,6 +244,22 @@ impl Requests {
                 tracing::warn!("storing the verified subscription: {error}");
             }
         });
+    }
+}
+
+/// Problems are logged and shown; a server that repeats the token in its words does not get it there.
+fn redacted(failure: Failure, token: &Secret) -> Failure {
+    Failure {
+        what: failure.what.replace(token.expose(), "[token]"),
+        ..failure
+    }
+}
+
+fn without_token(verification: Verification, token: &Secret) -> Verification {
+    match verification {
+        Verification::Paid(subscription) => Verification::Paid(subscription),
+        Verification::NotPaid(failure) => Verification::NotPaid(redacted(failure, token)),
+        Verification::CannotTell(failure) => Verification::CannotTell(redacted(failure, token)),
     }
 }
 
@@ -322,7 +337,7 @@ impl Shared {
             .verify(&payment::verify_request(token.expose(), provider.as_str()))
             .await
         {
-            Ok((status, body)) => payment::judge(status, &body, Timestamp::now()),
+            Ok((status, body)) => without_token(payment::judge(status, &body, Timestamp::now()), &token),
             Err(error) => Verification::CannotTell(error.into()),
         }
     }
@@ -356,7 +371,8 @@ impl Shared {
             pool_key: self.pool_key.as_ref(),
             now: Timestamp::now(),
         };
-        let approval = Approval::from_pool(&asked, status, &body)?;
+        let approval =
+            Approval::from_pool(&asked, status, &body).map_err(|error| redacted(Failure::from(error), &token))?;
         self.keys.keep(client_key, key);
         Ok(approval)
     }

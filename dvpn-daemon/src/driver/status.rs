@@ -50,8 +50,13 @@ pub(super) fn carries_traffic(state: StateName) -> bool {
     matches!(state, StateName::Connected | StateName::Degraded)
 }
 
-/// Whether a Stop is done.
-pub(super) fn is_down(state: StateName) -> bool {
+/// Whether a Stop is still being carried out.
+pub(super) fn is_going_down(state: StateName) -> bool {
+    state == StateName::Disconnecting
+}
+
+/// Whether no session goes on: nothing of ours is left on the machine then.
+pub(super) fn is_at_rest(state: StateName) -> bool {
     matches!(state, StateName::Disconnected | StateName::Blocked)
 }
 

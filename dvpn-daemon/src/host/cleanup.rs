@@ -100,7 +100,35 @@ fn remove_pins(directory: &Path, report: &mut Vec<Result<String, Error>>) {
             return;
         }
     }
-    remove_below(directory, report);
+    // Only folders of ours: BPF_DIRECTORY may be shared with others.
+    for version in folders(directory) {
+        let ours = version
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.strip_prefix('v'));
+        if ours.is_none_or(|number| number.parse::<u32>().is_err()) {
+            continue;
+        }
+        for name in [CLIENT_INTERFACE, PROVIDER_INTERFACE] {
+            let folder = version.join(name);
+            if folder.is_dir() {
+                remove_below(&folder, report);
+                report.extend(pin_removed(folder.clone(), fs::remove_dir(&folder)));
+            }
+        }
+        // Stays while somebody else has something in it.
+        if fs::remove_dir(&version).is_ok() {
+            report.push(Ok(format!("eBPF pins in {}", version.display())));
+        }
+    }
+}
+
+fn folders(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir() && !path.is_symlink())
+        .collect()
 }
 
 /// Removes what is in a folder of a BPF file system, not the folder itself: it may be the service manager's.

@@ -125,7 +125,7 @@ async fn everybody_answering_ends_the_measurement_early() {
 }
 
 #[tokio::test]
-async fn a_silent_candidate_has_no_latency_and_costs_one_deadline() {
+async fn a_silent_candidate_has_no_latency_and_is_waited_for_a_while_only() {
     let silent = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let quick = Line {
         delay_ms: 2.0,
@@ -139,8 +139,11 @@ async fn a_silent_candidate_has_no_latency_and_costs_one_deadline() {
     ];
     let started = Instant::now();
     let measured = measure(candidates, Options::default()).await;
-    assert!(started.elapsed() >= Duration::from_secs(1));
-    assert!(started.elapsed() < Duration::from_millis(1_500));
+    assert!(started.elapsed() >= Duration::from_millis(400));
+    assert!(
+        started.elapsed() < Duration::from_secs(1),
+        "the deadline is for when nobody answers"
+    );
     assert_eq!(measured[0].latency, None);
     assert!(measured[1].latency.is_some());
 }

@@ -106,6 +106,9 @@ pub enum Error {
     /// The WireGuard device died by itself.
     #[error("the provider's tunnel died: {0}")]
     TunnelDied(String),
+    /// Somebody flushed our nftables table: clients would reach what they must not.
+    #[error("the nftables table of the provider side is gone: another program flushed the ruleset")]
+    FirewallGone,
     /// The machine could not be configured.
     #[error("configuring the machine for provider traffic")]
     Host(#[source] host::Error),

@@ -201,7 +201,9 @@ impl Node<'_> {
                 self.config
                     .status
                     .send_modify(|status| status.problem = Some(reason.clone()));
-                // Existing peers keep the networks they were admitted to.
+                // Existing peers keep the networks they were admitted to; whom the pool names no more goes.
+                self.roster.retain(&snapshot.peers);
+                self.reconcile().await?;
                 let refused = snapshot.peers.iter();
                 let refused = refused.map(|peer| RefusedPeer {
                     public_key: peer.public_key,
@@ -296,6 +298,10 @@ impl Node<'_> {
     async fn report(&mut self, echoes: u64) -> Result<(), Error> {
         let stats = self.tunnel.stats().await.map_err(Error::Tunnel)?;
         let refused = self.config.host.provider_counters().map_err(Error::Host)?;
+        // An empty answer is a table that is not there. No peer without isolation: down, and up again with it.
+        if !self.networks.is_empty() && refused.is_empty() {
+            return Err(Error::FirewallGone);
+        }
         let peers = self.numbers.status(&stats);
         self.config.status.send_if_modified(|status| {
             let changed = status.peers != peers || status.refused != refused || status.echoes != echoes;

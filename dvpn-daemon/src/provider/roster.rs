@@ -62,6 +62,13 @@ impl Roster {
         Ok(())
     }
 
+    /// Removes every client that is not among these.
+    pub(super) fn retain(&mut self, entries: &[PeerEntry]) {
+        let named: BTreeSet<&PublicKey> = entries.iter().map(|entry| &entry.public_key).collect();
+        self.desired.retain(|key, _| named.contains(key));
+        self.holders.retain(|_, holder| named.contains(holder));
+    }
+
     /// Removes a client; one that is not there is no error.
     pub(super) fn remove(&mut self, key: &PublicKey) {
         self.desired.remove(key);

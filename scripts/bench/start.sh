@@ -5,7 +5,9 @@
 for pair in ip:iproute2 dbus-daemon:dbus busctl:systemd openssl:openssl nft:nftables; do
   need "${pair%%:*}" "${pair#*:}"
 done
-cargo build --quiet --locked --profile lab -p dvpn-daemon -p dvpn-pool -p dvpn-tests --bins
+# The selection of scripts/test.sh, so that what it built is used.
+cargo build --quiet --locked --profile lab -p dvpn-daemon -p dvpn-pool -p dvpn-tests --bins \
+  --test tunnel --test host --test hostile --test ebpf --test netns
 measured=$(target/lab/bench-start)
 grep -v '^figure [a-z]*-[a-z-]* [0-9.]*$' <<<"$measured"
 machine

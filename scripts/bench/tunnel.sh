@@ -78,7 +78,9 @@ for suite in bookworm bookworm-backports sid; do
   binaries+=("$binary")
 done
 
-cargo build --quiet --profile lab -p dvpn-tests --bin bench-tunnel-peer
+# The selection of scripts/test.sh, so that what it built is used.
+cargo build --quiet --locked --profile lab -p dvpn-daemon -p dvpn-pool -p dvpn-tests --bins \
+  --test tunnel --test host --test hostile --test ebpf --test netns
 ours=$PWD/target/lab/bench-tunnel-peer
 
 ip netns add "${ns[0]}"

@@ -1,7 +1,7 @@
 //! What is worth recording: one typed event per fact an auditor asks for.
 //!
-//! An event never holds a secret, a token, a key or a destination. Providers are named by their ids, customers' peers
-//! by nothing more than a short opaque name.
+//! An event never holds a secret, a token, a key or a destination. Providers are named by their ids. The provider side
+//! has events of its own, beside the code that decides them there.
 
 use std::net::SocketAddr;
 
@@ -107,11 +107,6 @@ pub enum Event {
     CheckoutStarted,
     /// A payment token was stored.
     TokenStored,
-    /// A payment token was refused.
-    TokenRefused {
-        /// Why.
-        reason: String,
-    },
     /// Somebody used the control interface.
     Command {
         /// What they asked for.
@@ -127,41 +122,6 @@ pub enum Event {
         accepted: bool,
         /// Why it was refused.
         reason: Option<String>,
-    },
-    /// As a provider: a client may use us.
-    PeerAdded {
-        /// An opaque name.
-        peer: String,
-        /// Until when.
-        expires_at: Timestamp,
-    },
-    /// As a provider: a client may no longer use us.
-    PeerRemoved {
-        /// An opaque name.
-        peer: String,
-        /// Why.
-        reason: String,
-    },
-    /// As a provider: a client was not admitted.
-    PeerRefused {
-        /// An opaque name.
-        peer: String,
-        /// Why.
-        reason: String,
-    },
-    /// As a provider: the pool knows us.
-    NodeRegistered {
-        /// Under which id.
-        node: ProviderId,
-        /// Whether clients are shown us.
-        listed: bool,
-    },
-    /// As a provider: the pool does not know us.
-    NodeRefused {
-        /// Under which id.
-        node: ProviderId,
-        /// Why.
-        reason: String,
     },
     /// The daemon runs.
     Started {

@@ -16,6 +16,10 @@ use crate::{
 
 /// Path below `POOL_URL`: approve one client at one provider.
 pub const APPROVE_PATH: &str = "approve";
+/// Path below [`APPROVE_PATH`]: the pool's ephemeral key for a proof of possession.
+pub const CHALLENGE_PATH: &str = "approve/challenge";
+/// Path below `POOL_URL`: give a connection's grant back.
+pub const RELEASE_PATH: &str = "release";
 /// Path below `POOL_URL`: register a node.
 pub const REGISTER_PATH: &str = "register";
 /// Path below `PAYMENT_API_URL`: begin a checkout.
@@ -59,12 +63,29 @@ pub enum ProviderList {
         /// When this copy stops being good.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         expires_at: Option<Timestamp>,
-        /// Ed25519 over the list, base64.
+        /// Ed25519 over [`crate::directory::signed_bytes`], base64.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         signature: Option<String>,
+        /// The pool's verifying key: pinned at first use, later a hint that it was rotated.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pool_key: Option<VerifyingKey>,
+        /// How earlier keys of the pool led to `pool_key`, oldest first.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        rotations: Vec<KeyRotation>,
     },
     /// `[…]`
     Bare(Vec<ProviderEntry>),
+}
+
+/// The pool's key changed: the old one vouches for the new one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyRotation {
+    /// The key that signed.
+    pub from: VerifyingKey,
+    /// The key that signs from then on.
+    pub to: VerifyingKey,
+    /// Ed25519 by `from` over [`crate::directory::rotation_bytes`], base64.
+    pub signature: String,
 }
 
 /// `POST PAYMENT_API_URL`. The answer is read by `dvpn_core::payment`, digit by digit.
@@ -130,7 +151,7 @@ pub enum CheckoutState {
     Seen,
     /// In a block, not deep enough yet.
     Confirming,
-    /// Paid; carries the token, once.
+    /// Paid; carries the token.
     Confirmed,
     /// The quote ended unpaid.
     Expired,
@@ -147,7 +168,8 @@ pub struct CheckoutStatus {
     /// Confirmations needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub required_confirmations: Option<u32>,
-    /// The token, handed out once to the holder of the checkout's secret.
+    /// The token, handed to the holder of the checkout's secret, again and again until it is first used: an answer
+    /// that was lost on the way loses no payment.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
 }
@@ -164,6 +186,43 @@ pub struct ApproveRequest {
     /// The key the provider shall admit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_public_key: Option<PublicKey>,
+    /// That the client holds the private half of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<PossessionProof>,
+    /// The client's key at the same provider that this one is to follow without a break. The new key is given the
+    /// same tunnel addresses; they move to it at its first handshake.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renews: Option<PublicKey>,
+}
+
+/// The answer to `GET POOL_URL/approve/challenge`; a pool without challenges answers 404.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ChallengeResponse {
+    /// The pool's ephemeral X25519 key: good for every proof until `expires_at`.
+    pub public_key: PublicKey,
+    /// The pool forgets the private half then.
+    pub expires_at: Timestamp,
+}
+
+/// HMAC-SHA256 keyed by X25519(client key, challenge) over [`crate::possession::bytes`]. No Debug: it is a credential
+/// while its challenge lives.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct PossessionProof {
+    /// [`ChallengeResponse::public_key`], as it was given.
+    pub challenge: PublicKey,
+    /// 32 bytes, base64.
+    pub mac: String,
+}
+
+/// `POST POOL_URL/release`: the connection is over; answered with 204. No Debug: it carries the token.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct ReleaseRequest {
+    /// Where the client was.
+    pub provider_id: String,
+    /// The token the key was approved for.
+    pub token: String,
+    /// The key that is used no more.
+    pub client_public_key: PublicKey,
 }
 
 /// The answer to [`ApproveRequest`]. 2xx without `approved: false` is an approval.
@@ -226,6 +285,29 @@ pub struct RegisterRequest {
     /// True takes the node off the list (it is leaving).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leaving: bool,
+    /// True takes no new clients but keeps those there are: drained, out of schedule, over its monthly cap.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
+    /// Most clients the owner admits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_peers: Option<u32>,
+}
+
+/// What the pool found when it tried to reach a node as a client would.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reachability {
+    /// Not tried yet.
+    Untested,
+    /// Echo and handshake were answered.
+    Reachable,
+    /// The latency echo was not answered: its UDP port is closed on the way.
+    NoEcho,
+    /// The echo was, the WireGuard handshake was not.
+    NoHandshake,
+    /// The announced endpoint is not the address that the registration came from: a NAT in between (or a CGNAT), or
+    /// somebody else's address.
+    OtherAddress,
 }
 
 /// The answer to [`RegisterRequest`].
@@ -245,6 +327,15 @@ pub struct RegisterResponse {
     /// The pool's verifying key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool_key: Option<VerifyingKey>,
+    /// How earlier keys of the pool led to `pool_key`, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rotations: Vec<KeyRotation>,
+    /// The WireGuard key that the pool shakes hands with before it lists the node: a peer without allowed_ips.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prober_key: Option<PublicKey>,
+    /// What the pool found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reachability: Option<Reachability>,
 }
 
 /// Names of the events on `nodes/{id}/events`; their data is the JSON of the type of the same name.
@@ -255,6 +346,8 @@ pub mod event {
     pub const ADD: &str = "add";
     /// [`super::PeerRemoved`]
     pub const REMOVE: &str = "remove";
+    /// [`super::PeerReleased`]
+    pub const RELEASE: &str = "release";
 }
 
 /// One approved client, as a provider is told of it.
@@ -270,6 +363,12 @@ pub struct PeerEntry {
     pub approval: String,
     /// Ed25519 over those bytes by the pool, base64.
     pub signature: String,
+    /// The key whose tunnel addresses this one takes over at its first handshake. Until then it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renews: Option<PublicKey>,
+    /// The client released it: it holds no grant until it shakes hands again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub released: bool,
 }
 
 /// First event of every stream: all there is. The node makes its peers equal to it.
@@ -301,6 +400,15 @@ pub struct PeerRemoved {
     pub public_key: PublicKey,
 }
 
+/// A client ended its connection: its grant returns, its peer stays until expiry or removal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerReleased {
+    /// Sequence number of the change.
+    pub sequence: u64,
+    /// Whose.
+    pub public_key: PublicKey,
+}
+
 /// `POST POOL_URL/nodes/{id}/ack`, signed: what the kernel holds now.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ack {
@@ -320,6 +428,25 @@ pub struct RefusedPeer {
     pub reason: String,
 }
 
+/// Path of the orchestrator below `FALLBACK_ORCHESTRATOR_URL`: ask for a provider.
+pub const PROVISION_PATH: &str = "provision";
+/// Path of the orchestrator below `FALLBACK_ORCHESTRATOR_URL`: `leases/{id}` renews (POST) or returns (DELETE) one.
+pub const LEASES_PATH: &str = "leases";
+
+/// `POST FALLBACK_ORCHESTRATOR_URL/provision`, and what the fallback script reads on its standard input. No Debug: it
+/// carries the token.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct ProvisionRequest {
+    /// Who pays: a random number, not the node.
+    pub user_id: UserId,
+    /// The customer's token; the orchestrator verifies it itself.
+    pub token: String,
+    /// The key the provider shall admit.
+    pub public_key: PublicKey,
+    /// The script is ended then.
+    pub timeout_seconds: u64,
+}
+
 /// What the orchestrator (and the fallback script) answers: a provider made for us.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ProvisionResponse {
@@ -335,4 +462,16 @@ pub struct ProvisionResponse {
     /// Our inner address there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpNetwork>,
+    /// Our inner addresses there, when there is more than one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addresses: Option<Vec<IpNetwork>>,
+    /// The provider's own inner addresses, where it answers DNS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateways: Option<Vec<IpAddr>>,
+    /// Names the lease, to renew and to return it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_id: Option<String>,
+    /// When the provider is taken away unless the lease is renewed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_expires_at: Option<Timestamp>,
 }

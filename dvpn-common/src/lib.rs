@@ -13,6 +13,8 @@ pub mod contract;
 #[cfg(feature = "std")]
 pub mod dbus;
 #[cfg(feature = "std")]
+pub mod directory;
+#[cfg(feature = "std")]
 pub mod echo;
 #[cfg(feature = "std")]
 pub mod ids;
@@ -22,5 +24,7 @@ pub mod keys;
 pub mod limits;
 #[cfg(feature = "std")]
 pub mod node;
+#[cfg(feature = "std")]
+pub mod possession;
 #[cfg(feature = "std")]
 pub mod status;

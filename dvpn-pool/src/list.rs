@@ -63,6 +63,8 @@ impl List {
             version: Some(self.version),
             expires_at: Some(self.expires_at),
             signature: None,
+            pool_key: None,
+            rotations: Vec::new(),
         };
         match serde_json::to_vec(&list) {
             Ok(json) => {

@@ -39,6 +39,8 @@ impl Pool {
             expires_at: fields.expires_at,
             approval: STANDARD.encode(fields.encode()),
             signature: self.sign(&fields.encode()),
+            renews: None,
+            released: false,
         }
     }
 }

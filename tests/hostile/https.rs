@@ -527,6 +527,8 @@ async fn verify_approve_and_list_share_one_connection_and_say_only_what_they_mus
         token: "t".to_owned(),
         approved: true,
         client_public_key: None,
+        proof: None,
+        renews: None,
     };
     assert_eq!(pool.approve(&approve).await.unwrap().0, 200);
     payment

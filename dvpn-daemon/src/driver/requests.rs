@@ -361,6 +361,8 @@ impl Shared {
             token: token.expose().to_owned(),
             approved: true,
             client_public_key: Some(client_key),
+            proof: None,
+            renews: None,
         };
         let (status, body) = self.pool()?.approve(&request).await?;
         let asked = PoolRequest {

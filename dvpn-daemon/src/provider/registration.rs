@@ -109,6 +109,8 @@ impl Registration {
             region: self.region.clone(),
             identity: Some(self.pool.identity().key()),
             leaving,
+            draining: false,
+            max_peers: None,
         };
         let response = self
             .pool

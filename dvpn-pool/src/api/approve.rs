@@ -182,6 +182,8 @@ async fn tell_node(
             expires_at: wish.expires_at,
             approval: STANDARD.encode(&row.approval),
             signature: STANDARD.encode(row.signature),
+            renews: None,
+            released: false,
         },
     });
     let answer = pool.live.expect_ack(&wish.node.id, row.sequence, wish.client_key);

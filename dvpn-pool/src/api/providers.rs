@@ -130,6 +130,9 @@ async fn registered(pool: &Arc<Pool>, request: Incoming) -> Result<RegisterRespo
         observed_address: Some(request.source),
         heartbeat_seconds: Some(pool.config.timing.heartbeat.as_secs().max(1)),
         pool_key: Some(pool.key.public()),
+        rotations: Vec::new(),
+        prober_key: None,
+        reachability: None,
     })
 }
 

@@ -259,6 +259,8 @@ impl Store {
                     expires_at: timestamp(row.expires_at, "approval expiry")?,
                     approval: STANDARD.encode(row.approval),
                     signature: STANDARD.encode(row.signature),
+                    renews: None,
+                    released: false,
                 })
             })
             .collect::<Result<_, Error>>()?;

@@ -330,7 +330,7 @@ pub struct RegisterResponse {
     /// How earlier keys of the pool led to `pool_key`, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rotations: Vec<KeyRotation>,
-    /// The WireGuard key that the pool shakes hands with before it lists the node: a peer without allowed_ips.
+    /// The WireGuard key that the pool shakes hands with before it lists the node: a peer without `allowed_ips`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prober_key: Option<PublicKey>,
     /// What the pool found.

@@ -3,7 +3,7 @@
 //! The list is signed over its fields as they stand in the JSON, so neither side has to agree on white space or the order
 //! of members: `dvpn-directory-v1\0` and then, each with its length as a big-endian u32 before it: the version (u64
 //! big-endian), the expiry (Unix seconds, i64 big-endian), and for every provider in the order of the list its id,
-//! endpoint, public key, allowed_ips (comma-separated), probe and region, all as text. A field that is left out is signed
+//! endpoint, public key, `allowed_ips` (comma-separated), probe and region, all as text. A field that is left out is signed
 //! as one byte 0, which no text is.
 
 use jiff::Timestamp;

@@ -7,6 +7,8 @@
 //! Everything here blocks. Attaching also parses the kernel's own BTF, which is most of its time: call it off the
 //! runtime's threads. Reading is one system call per direction.
 
+mod loader;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,6 +20,8 @@ use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use dvpn_common::abi::{self, Counter};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+pub use loader::Loader;
 
 /// The object that `build.rs` made; empty where it could not be built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dvpn-ebpf"));
@@ -124,6 +128,9 @@ pub enum Error {
         #[source]
         source: aya::maps::MapError,
     },
+    /// The thread that attaches is gone.
+    #[error("the thread that attaches eBPF programs is not there: restart the daemon")]
+    NoThread,
     /// A pin cannot be removed.
     #[error("cannot remove {}; remove it as root", path.display())]
     Unpin {

@@ -28,12 +28,13 @@ use crate::socks5::Binding;
 const CACHED_ANSWERS: u64 = 256;
 /// Longest life of a kept answer, whatever its own says.
 const MAX_TTL: Duration = Duration::from_mins(10);
-/// How long one server is waited for before the query is sent again.
-const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long one server is waited for before the query is sent again: longer than a path by satellite takes.
+const QUERY_TIMEOUT: Duration = Duration::from_millis(1200);
 /// How long a TCP connection to a server may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Repetitions of a query; the tunnel may lose a packet.
-const REPEATS: usize = 2;
+/// Repetitions of a query. Lookups of one name share their query, so one that began with an outage of three seconds
+/// must outlast it: whoever asks when the network is back waits for its next repetition and does not fail with it.
+const REPEATS: usize = 5;
 /// Addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 8;
 

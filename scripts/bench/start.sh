@@ -14,3 +14,5 @@ machine
 value() { awk -v name="$1" '$1 == "figure" && $2 == name { print $3 }' <<<"$measured"; }
 figure first-byte-ms "$(value first-byte-ms)" most 700
 figure ready-ms "$(value ready-ms)" most 200
+figure idle-kib "$(value idle-kib)" most 25600
+figure sessions-kib "$(value sessions-kib)" most 40960

@@ -111,14 +111,13 @@ fn datagrams_pass_the_proxy_to_the_echo_beyond_the_provider() -> Result<()> {
     }
 }
 
-/// 8, 10 and 13 ms with ± 1 ms of jitter and 2 % loss each way, as the round trip sees them.
+/// 8, 10 and 13 ms with ± 1 ms of jitter and 2 % of loss, each way.
 fn faulty_paths(id: &str) -> NetworkConfig {
     let mut config = NetworkConfig::with_round_trips(id, &[8, 10, 13]);
     for path in &mut config.providers {
-        // Half a millisecond each way makes one for the round trip; so does 1 % of loss make 2 %.
         *path = Path {
-            jitter: Jitter::Uniform(Duration::from_micros(500)),
-            loss: 0.01,
+            jitter: Jitter::Uniform(Duration::from_millis(1)),
+            loss: 0.02,
             ..*path
         };
     }

@@ -1,11 +1,11 @@
 //! What the daemon costs, what it executes, and what it leaves.
 
-use std::{io::Read as _, path::PathBuf, process::Command, time::Duration};
+use std::{io::Read as _, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use dvpn_common::dbus::NAME;
 use dvpn_tests::{
-    node::Daemon,
+    node::{Daemon, wait_until_listed},
     snapshot,
     world::{CONNECT_PATIENCE, World},
 };
@@ -37,9 +37,8 @@ fn after_kill_9_cleanup_leaves_the_machine_as_it_was() -> Result<()> {
     daemon.process.kill()?;
     Daemon::run(network, machine, &daemon.environment, &["--cleanup"])?;
     let after = snapshot::take(&machine.namespace, &bpf)?;
-    // The namespaces of the local network are called dvpnlab themselves.
-    let ours = after.lines().find(|line| line.replace("dvpnlab", "").contains("dvpn"));
-    ensure!(ours.is_none(), "--cleanup left {ours:?} on the provider:\n{after}");
+    let left = snapshot::difference(&world.provider_before, &after);
+    ensure!(left.is_empty(), "--cleanup left or removed on the provider:\n{left}");
     ensure!(
         !bpf.exists() || std::fs::read_dir(&bpf)?.next().is_none(),
         "programs are still pinned in {}",
@@ -48,48 +47,25 @@ fn after_kill_9_cleanup_leaves_the_machine_as_it_was() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn the_daemon_executes_no_program() -> Result<()> {
-    let mut world = World::build(&[8])?;
-    world.client.process.stop(Duration::from_secs(10))?;
-    let trace = world.network.client.directory.join("strace");
-    let wrap = |daemon: Command| {
+/// The same command under strace, which writes what is executed to `trace`.
+fn traced(trace: &Path) -> impl FnOnce(Command) -> Command {
+    let trace = trace.to_owned();
+    |daemon: Command| {
         let mut strace = Command::new("strace");
         strace
             .args(["-f", "-qq", "-e", "trace=execve,execveat", "-o"])
-            .arg(&trace)
-            .arg(daemon.get_program());
+            .arg(trace)
+            .arg(daemon.get_program())
+            .args(daemon.get_args());
         strace.env_clear();
         strace.envs(daemon.get_envs().filter_map(|(name, value)| Some((name, value?))));
         strace
-    };
-    let environment = world.client.environment.clone();
-    let ca = world.ca();
-    // A program that was executed would be seen: the trace of a shell that runs one shows both.
-    let planted = world.network.client.directory.join("planted");
-    let shell = Command::new("strace")
-        .args(["-f", "-qq", "-e", "trace=execve,execveat", "-o"])
-        .arg(&planted)
-        .args(["sh", "-c", "/bin/true; exit 0"])
-        .status()
-        .context("running strace: install it")?;
-    ensure!(
-        shell.success() && executed(&planted)?.len() == 2,
-        "strace does not see what a shell executes"
-    );
+    }
+}
 
-    // Field by field, because the old daemon's bus must be gone before the new one's takes its socket.
-    let Daemon { process, .. } = &mut world.client;
-    drop(process.wait_exit(Duration::from_secs(5)));
-    let traced = Daemon::spawn_by(&world.network, &world.network.client, environment, wrap)?;
-    world.client = traced;
-    ensure!(ca.exists(), "the authority's certificate is gone");
-    world.pay_and_connect()?;
-    world.ask().exit_address(Duration::from_secs(5))?;
-    world.ask().disconnect(CONNECT_PATIENCE)?;
-    world.ask().bus().call("Exit", &[])?;
-    world.client.process.wait_exit(Duration::from_secs(10))?;
-    let seen = executed(&trace)?;
+/// Fails unless the trace shows the start of the daemon itself and nothing more.
+fn ensure_only_itself(trace: &Path) -> Result<()> {
+    let seen = executed(trace)?;
     let [only] = seen.as_slice() else {
         anyhow::bail!("{NAME} executed programs:\n{}", seen.join("\n"))
     };
@@ -97,8 +73,60 @@ fn the_daemon_executes_no_program() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn neither_client_nor_provider_nor_cleanup_executes_a_program() -> Result<()> {
+    let mut world = World::build(&[8])?;
+    let files = world.network.directory.clone();
+    let trace = |name: &str| files.join(format!("strace-{name}"));
+    // A program that was executed would be seen: the trace of a shell that runs one shows both.
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-c", "/bin/true; exit 0"]);
+    let shell = traced(&trace("planted"))(shell)
+        .status()
+        .context("running strace: install it")?;
+    ensure!(
+        shell.success() && executed(&trace("planted"))?.len() == 2,
+        "strace does not see what a shell executes"
+    );
+
+    let provider = world.providers.first_mut().context("a provider")?;
+    provider.process.stop(Duration::from_secs(10))?;
+    let environment = provider.environment.clone();
+    let machine = world.network.providers.first().context("its machine")?;
+    *provider = Daemon::spawn_by(&world.network, machine, environment, traced(&trace("provider")))?;
+    world.client.process.stop(Duration::from_secs(10))?;
+    let environment = world.client.environment.clone();
+    world.client = Daemon::spawn_by(
+        &world.network,
+        &world.network.client,
+        environment,
+        traced(&trace("client")),
+    )?;
+    wait_until_listed(&world.network, &world.ca(), 1, Duration::from_secs(30))?;
+    world.pay_and_connect()?;
+    world.ask().exit_address(Duration::from_secs(5))?;
+    world.ask().disconnect(CONNECT_PATIENCE)?;
+    world.ask().bus().call("Exit", &[])?;
+    world.client.process.wait_exit(Duration::from_secs(10))?;
+    let provider = world.providers.first_mut().context("a provider")?;
+    provider.client.bus().call("Exit", &[])?;
+    provider.process.wait_exit(Duration::from_secs(10))?;
+    let machine = world.network.providers.first().context("its machine")?;
+    Daemon::run_by(
+        &world.network,
+        machine,
+        &provider.environment,
+        &["--cleanup"],
+        traced(&trace("cleanup")),
+    )?;
+    for who in ["client", "provider", "cleanup"] {
+        ensure_only_itself(&trace(who)).with_context(|| who.to_owned())?;
+    }
+    Ok(())
+}
+
 /// The lines of a trace that are successful calls.
-fn executed(trace: &PathBuf) -> Result<Vec<String>> {
+fn executed(trace: &Path) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(trace).with_context(|| format!("reading {}", trace.display()))?;
     Ok(text
         .lines()

@@ -3,13 +3,18 @@
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use dvpn_common::status::StateName;
+use dvpn_common::{
+    limits::{REQUIRED_INTERVAL, REQUIRED_WALLET},
+    status::StateName,
+};
 use dvpn_tests::{
     network::POOL,
     node::{self, POOL_PORT},
     process::wait_for,
     world::{CONNECT_PATIENCE, World},
 };
+
+use serde_json::Value;
 
 use crate::counterpart::Counterpart;
 
@@ -28,6 +33,9 @@ fn a_pool_that_turns_hostile_costs_no_tunnel_and_is_a_visible_problem() -> Resul
         .map(|n| format!(r#"{{"id":"evil-{n}","endpoint":"203.0.113.66:1","public_key":""}}"#))
         .collect();
     hostile.answer("GET", "/providers", 200, format!("[{}]", list.join(",")));
+    let paid =
+        format!(r#"{{"active":true,"wallet":"{REQUIRED_WALLET}","interval":"{REQUIRED_INTERVAL}","amount_usd":9.99}}"#);
+    hostile.answer("POST", "/payment", 200, paid);
 
     // The tunnel does not care.
     let exit = world.ask().exit_address(Duration::from_secs(5))?;
@@ -56,6 +64,20 @@ fn a_pool_that_turns_hostile_costs_no_tunnel_and_is_a_visible_problem() -> Resul
         .iter()
         .any(|candidate| candidate.id.as_str().starts_with("evil"));
     ensure!(!answered, "candidates of a refused list: {:?}", status.candidates);
+    // The list from before holds: its other provider is measured, and asked for.
+    let other = format!("provider-{}", if number == 0 { "b" } else { "a" });
+    wait_for(
+        "an approval at a provider of the old list",
+        Duration::from_secs(30),
+        || {
+            let asked = hostile.asked("POST", "/providers/approve");
+            let bodies = asked
+                .iter()
+                .filter_map(|body| serde_json::from_slice::<Value>(body).ok());
+            let mut ids = bodies.filter_map(|body| Some(body.get("provider_id")?.as_str()?.to_owned()));
+            Ok(ids.any(|id| id == other).then_some(()))
+        },
+    )?;
 
     // The real pool comes back, and so does the client, by itself.
     drop(hostile);

@@ -1,13 +1,13 @@
 //! Nothing of what applications send passes outside the tunnel: not while it stands, not when it is gone.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, ensure};
 use dvpn_tests::{
-    capture::{Capture, Packet},
+    capture::{Capture, Packet, hardware_address, is_housekeeping},
     client::SOCKS5,
     network::{POOL, WEB, WEB_NAME},
     socks::{self, Target},
@@ -16,7 +16,8 @@ use dvpn_tests::{
 
 const TIMEOUT: Duration = Duration::from_millis(700);
 
-/// Every IPv4 packet of the client's uplink that is not between it and the pool or a provider.
+/// Every packet that the client sends by its uplink and that is not for the pool or a provider. Frames are told by
+/// their hardware address: a leak with a foreign or an IPv6 source is one too.
 fn watch(world: &World) -> Result<Capture> {
     let mut allowed: Vec<Ipv4Addr> = world
         .network
@@ -25,26 +26,28 @@ fn watch(world: &World) -> Result<Capture> {
         .map(|provider| provider.address)
         .collect();
     allowed.push(POOL);
-    let mine = world.network.client.address;
+    let mine = hardware_address(&world.network.client.namespace, "eth0")?;
     Capture::start(&world.network.client.namespace, "eth0", move |frame| {
-        Packet::in_frame(frame).is_some_and(|packet| {
-            let other = if packet.source == mine {
-                packet.destination
-            } else {
-                packet.source
-            };
-            !allowed.contains(&other)
-        })
+        frame.get(6..12) == Some(mine.as_slice())
+            && !is_housekeeping(frame)
+            && Packet::in_frame(frame).is_none_or(|packet| !allowed.contains(&packet.destination))
     })
 }
 
-/// What a leak would look like: a packet straight to the web server. The capture must see it.
+/// What leaks would look like: a packet straight to the web server, and one of IPv6. The capture must see both.
 fn plant(world: &World, capture: &Capture) -> Result<()> {
+    let namespace = world.ask().namespace();
     let before = capture.matched();
-    let socket = world.ask().namespace().udp(world.network.client.address.into())?;
+    let socket = namespace.udp(world.network.client.address.into())?;
     socket.send_to(b"a planted leak", (WEB, 7))?;
-    capture.wait_for_more(before, Duration::from_secs(2))?;
-    Ok(())
+    let seen = capture.wait_for_more(before, Duration::from_secs(5))?;
+
+    namespace.ip("addr replace 2001:db8::20/64 dev eth0 nodad\n\
+                  neigh replace 2001:db8::80 lladdr 02:00:00:00:00:80 dev eth0")?;
+    let socket = namespace.udp(Ipv6Addr::UNSPECIFIED.into())?;
+    socket.send_to(b"a planted leak", ("2001:db8::80".parse::<Ipv6Addr>()?, 7))?;
+    capture.wait_for_more(seen, Duration::from_secs(5))?;
+    namespace.ip("addr del 2001:db8::20/64 dev eth0")
 }
 
 /// Asks the proxy in every way it knows; true if one of them was served.

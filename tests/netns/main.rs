@@ -5,6 +5,7 @@
 //! | `lab` | that the local network does what it says |
 //! | `chain` | the whole chain, and that the nearest provider is taken |
 //! | `payment` | what does not count as paid |
+//! | `control` | the D-Bus interface: who is served, what is shown and announced |
 //! | `contract` | a pool and a provider that speak only the plain contract |
 //! | `failover` | what happens when a provider dies, and when it does not |
 //! | `leaks` | nothing passes outside the tunnel |
@@ -13,6 +14,7 @@
 
 mod chain;
 mod contract;
+mod control;
 mod counterpart;
 mod failover;
 mod footprint;

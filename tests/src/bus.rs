@@ -1,6 +1,7 @@
 //! A private D-Bus system bus with the policy file that the package ships, and calls on it by busctl.
 
 use std::{
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -103,22 +104,48 @@ impl BusAddress {
 
     /// Calls a method of the daemon; the answer as busctl prints it in JSON.
     pub fn call(&self, method: &str, signature_and_arguments: &[&str]) -> Result<serde_json::Value> {
-        let text = self.busctl(&[&["call", NAME, PATH, NAME, method], signature_and_arguments].concat())?;
+        let text = self.busctl(
+            None,
+            &[&["call", NAME, PATH, NAME, method], signature_and_arguments].concat(),
+        )?;
+        Self::reply(&text)
+    }
+
+    /// The same by another user.
+    pub fn call_as(&self, uid: u32, method: &str, signature_and_arguments: &[&str]) -> Result<serde_json::Value> {
+        let arguments = [&["call", NAME, PATH, NAME, method], signature_and_arguments].concat();
+        Self::reply(&self.busctl(Some(uid), &arguments)?)
+    }
+
+    fn reply(text: &str) -> Result<serde_json::Value> {
         if text.trim().is_empty() {
             return Ok(serde_json::Value::Null);
         }
-        serde_json::from_str(&text).with_context(|| format!("busctl answered {text:?}"))
+        serde_json::from_str(text).with_context(|| format!("busctl answered {text:?}"))
     }
 
     /// A property of the daemon; its value as busctl prints it in JSON.
     pub fn property(&self, name: &str) -> Result<serde_json::Value> {
-        let text = self.busctl(&["get-property", NAME, PATH, NAME, name])?;
+        self.property_by(None, name)
+    }
+
+    /// The same by another user.
+    pub fn property_as(&self, uid: u32, name: &str) -> Result<serde_json::Value> {
+        self.property_by(Some(uid), name)
+    }
+
+    fn property_by(&self, uid: Option<u32>, name: &str) -> Result<serde_json::Value> {
+        let text = self.busctl(uid, &["get-property", NAME, PATH, NAME, name])?;
         let mut value: serde_json::Value = serde_json::from_str(&text).context("reading busctl's answer")?;
         Ok(value.get_mut("data").map(serde_json::Value::take).unwrap_or_default())
     }
 
-    fn busctl(&self, arguments: &[&str]) -> Result<String> {
-        let output = Command::new("busctl")
+    fn busctl(&self, uid: Option<u32>, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new("busctl");
+        if let Some(uid) = uid {
+            command.uid(uid).gid(uid);
+        }
+        let output = command
             .arg(format!("--address={}", self.0))
             .args(["--json=short", "--timeout=20"])
             .args(arguments)

@@ -70,6 +70,36 @@ impl Packet {
     }
 }
 
+/// What the kernel sends of its own on any link: ARP, IGMP, and neighbour discovery or multicast listener reports of
+/// IPv6, all of which stay on the link.
+pub fn is_housekeeping(frame: &[u8]) -> bool {
+    let (Some(kind), Some(packet)) = (frame.get(12..14), frame.get(14..)) else {
+        return false;
+    };
+    match kind {
+        [0x08, 0x06] => true,
+        [0x08, 0x00] => Packet::read(packet)
+            .is_some_and(|packet| packet.protocol == 2 && packet.destination.octets().starts_with(&[224, 0, 0])),
+        [0x86, 0xdd] => {
+            let (next, to) = (packet.get(6), packet.get(24..26));
+            // Listener reports carry a hop-by-hop header (RFC 3810, section 5).
+            matches!(next, Some(58 | 0)) && to.is_some_and(|to| matches!(to, [0xff, 0x02] | [0xfe, 0x80..=0xbf]))
+        }
+        _ => false,
+    }
+}
+
+/// The hardware address of an interface.
+pub fn hardware_address(namespace: &Namespace, interface: &str) -> Result<[u8; 6]> {
+    let found = namespace.run(|| -> Result<Option<[u8; 6]>> {
+        Ok(nix::ifaddrs::getifaddrs()
+            .context("listing interfaces")?
+            .filter(|entry| entry.interface_name == interface)
+            .find_map(|entry| entry.address?.as_link_addr()?.addr()))
+    })??;
+    found.with_context(|| format!("{interface} has no hardware address"))
+}
+
 struct Shared {
     seen: AtomicU64,
     matched: AtomicU64,
@@ -181,6 +211,31 @@ fn note(shared: &Shared, frame: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_stays_on_the_link_is_housekeeping() {
+        let v4 = |protocol: u8, to: [u8; 4]| {
+            let mut frame = vec![0_u8; 14 + 20];
+            frame[12] = 0x08;
+            frame[14] = 0x45;
+            frame[14 + 9] = protocol;
+            frame[30..34].copy_from_slice(&to);
+            frame
+        };
+        let v6 = |next: u8, to: [u8; 2]| {
+            let mut frame = vec![0_u8; 14 + 40];
+            frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+            frame[14 + 6] = next;
+            frame[14 + 24..14 + 26].copy_from_slice(&to);
+            frame
+        };
+        assert!(is_housekeeping(&v4(2, [224, 0, 0, 22])));
+        assert!(!is_housekeeping(&v4(2, [198, 51, 100, 80])));
+        assert!(!is_housekeeping(&v4(17, [224, 0, 0, 251])), "mDNS is an application's");
+        assert!(is_housekeeping(&v6(58, [0xff, 0x02])));
+        assert!(!is_housekeeping(&v6(58, [0x20, 0x01])));
+        assert!(!is_housekeeping(&v6(17, [0xff, 0x02])));
+    }
 
     #[test]
     fn an_ipv4_packet_is_read_with_its_ports() {

@@ -214,6 +214,17 @@ impl Daemon {
 
     /// Runs `dvpn-daemon` with other arguments in the same place and waits for its end: `--cleanup`, `--check-config`.
     pub fn run(network: &Network, machine: &Machine, environment: &Environment, arguments: &[&str]) -> Result<String> {
+        Self::run_by(network, machine, environment, arguments, |command| command)
+    }
+
+    /// The same with the command changed.
+    pub fn run_by(
+        network: &Network,
+        machine: &Machine,
+        environment: &Environment,
+        arguments: &[&str],
+        change: impl FnOnce(Command) -> Command,
+    ) -> Result<String> {
         let mut command = environment
             .clone()
             .without("NOTIFY_SOCKET")
@@ -226,7 +237,7 @@ impl Daemon {
             log: &log,
             resolv_conf: Some(&resolv_conf),
         };
-        let mut process = Process::spawn("dvpn-daemon", command, &surroundings)?;
+        let mut process = Process::spawn("dvpn-daemon", change(command), &surroundings)?;
         let status = process.wait_exit(Duration::from_secs(20))?;
         anyhow::ensure!(
             status.success(),

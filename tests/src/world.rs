@@ -46,6 +46,8 @@ pub struct World {
     pub identity: Identity,
     /// The client's machine before its daemon was first started.
     pub client_before: String,
+    /// The first provider's machine before its daemon was first started.
+    pub provider_before: String,
     /// The network itself.
     pub network: Network,
     _alone: File,
@@ -69,6 +71,9 @@ impl World {
         let ca = authority.certificate();
         let web = node::spawn_web(&network)?;
         let pool = node::spawn_pool(&network, &identity)?;
+        let look = |machine: &Machine| snapshot::take(&machine.namespace, &network.bpf_directory(machine));
+        let client_before = look(&network.client)?;
+        let provider_before = network.providers.first().map(look).transpose()?.unwrap_or_default();
         let mut providers = Vec::new();
         for machine in &network.providers {
             providers.push(Daemon::spawn(
@@ -79,7 +84,6 @@ impl World {
         }
         node::wait_until_listed(&network, &ca, providers.len(), Duration::from_secs(30))
             .with_context(|| format!("the pool says:\n{}", pool.log_tail()))?;
-        let client_before = snapshot::take(&network.client.namespace, &network.bpf_directory(&network.client))?;
         let client = Daemon::spawn(&network, &network.client, told(node::client_environment(&ca)))?;
         client.client.check_no_way_around()?;
         Ok(Self {
@@ -90,6 +94,7 @@ impl World {
             authority,
             identity,
             client_before,
+            provider_before,
             network,
             _alone: alone,
         })

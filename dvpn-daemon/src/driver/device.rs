@@ -67,8 +67,8 @@ pub(super) struct Surroundings {
     pub metrics: Metrics,
     /// Configured name servers, reached through the tunnel; the provider's own when empty.
     pub dns: Vec<SocketAddr>,
-    /// Where the programs of this interface are pinned.
-    pub bpf_directory: std::path::PathBuf,
+    /// Attaches the programs of this interface.
+    pub loader: ebpf::Loader,
     /// The counting programs on the interface, read by `/metrics`.
     pub counters: Arc<std::sync::Mutex<Option<ebpf::Counters>>>,
 }
@@ -319,15 +319,11 @@ impl Device {
     }
 }
 
-/// Counts before the interface is up, so that no packet is missed. The loader reads the kernel's types, tens of
-/// milliseconds of work: not on a thread that moves packets. Without counters the tunnel is as safe.
+/// Counts before the interface is up, so that no packet is missed. Without counters the tunnel is as safe.
 async fn attach_counters(surroundings: &Surroundings) {
-    let directory = surroundings.bpf_directory.clone();
-    let attached = tokio::task::spawn_blocking(move || ebpf::Counters::attach(CLIENT_INTERFACE, &directory)).await;
-    match attached {
-        Ok(Ok(counters)) => *lock(&surroundings.counters) = Some(counters),
-        Ok(Err(error)) => tracing::info!("no packet counters on {CLIENT_INTERFACE}: {error}"),
-        Err(error) => tracing::warn!("attaching the packet counters: {error}"),
+    match surroundings.loader.attach(CLIENT_INTERFACE).await {
+        Ok(counters) => *lock(&surroundings.counters) = Some(counters),
+        Err(error) => tracing::info!("no packet counters on {CLIENT_INTERFACE}: {error}"),
     }
 }
 

@@ -136,7 +136,7 @@ impl Driver {
             host: Arc::clone(&parts.host),
             metrics: parts.metrics.clone(),
             dns,
-            bpf_directory: parts.config.bpf_directory.clone(),
+            loader: ebpf::Loader::new(parts.config.bpf_directory.clone()),
             counters: Arc::clone(&parts.counters),
         };
         let orders = device::spawn(surroundings, inputs_sender.clone(), path.clone());

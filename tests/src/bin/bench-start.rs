@@ -37,6 +37,7 @@ fn main() -> ExitCode {
 
 fn measure() -> Result<String> {
     let mut world = World::build(&[8, 10, 13])?;
+    let idle = world.client.process.resident_kib()?;
     world.pay()?;
     let (mut first_byte, mut resident) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
@@ -62,10 +63,14 @@ fn measure() -> Result<String> {
     }
     resident.sort_unstable();
     let kib = resident.last().copied().unwrap_or_default();
-    writeln!(text, "memory after {ROUNDS} sessions: {kib} KiB")?;
+    writeln!(
+        text,
+        "memory: {idle} KiB before the first session, {kib} KiB at most after {ROUNDS}"
+    )?;
     for (name, [_, median, _]) in rows {
         writeln!(text, "figure {name} {median:.1}")?;
     }
+    writeln!(text, "figure idle-kib {idle}\nfigure sessions-kib {kib}")?;
     Ok(text)
 }
 

@@ -40,6 +40,8 @@ use crate::{
 const WORKERS: usize = 2;
 /// How long the end of the daemon waits for tasks that do not end by themselves.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// For replies that are still on their way to callers on the bus.
+const BUS_FAREWELL: Duration = Duration::from_millis(500);
 
 /// Writes `text` to standard output.
 pub fn print(text: &str) -> ExitCode {
@@ -166,6 +168,7 @@ fn raise_descriptor_limit() {
 
 async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Result<Ended> {
     let config = Arc::new(config);
+    let terminated = terminated()?;
     let mut random = [0_u8; 40];
     SysRng
         .try_fill_bytes(&mut random)
@@ -255,13 +258,21 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         counters,
     };
     let driver = Driver::new(parts, *seed, restored, views).await;
-    let ended = driver.run(orders, reload, network, terminated()).await;
+    let ended = driver.run(orders, reload, network, terminated).await;
     notify("STOPPING=1");
     proxy_end.cancel();
     if let Some(node) = node {
         node.stop().await;
     }
-    drop(bus);
+    if let Some(bus) = bus {
+        // The reply to Exit is still on its way.
+        if tokio::time::timeout(BUS_FAREWELL, bus.graceful_shutdown())
+            .await
+            .is_err()
+        {
+            tracing::debug!("the bus took no farewell");
+        }
+    }
     Ok(ended)
 }
 
@@ -346,16 +357,17 @@ fn notify(text: &str) {
     }
 }
 
-/// Completes when the service manager or the terminal ends the daemon.
-async fn terminated() {
-    let (Ok(mut term), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        tracing::error!("signals can not be caught: only SIGKILL ends this daemon");
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+/// Completes when the service manager or the terminal ends the daemon. Signals are caught from the call on, not from
+/// the first poll: one that comes while the daemon is still starting is not lost and does not kill it half-way.
+fn terminated() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut term = signal(SignalKind::terminate()).context("catching SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("catching SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }
 
 /// SIGHUP: reads the configuration again; a bad one is refused and the old one holds.

@@ -169,13 +169,8 @@ fn raise_descriptor_limit() {
 async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Result<Ended> {
     let config = Arc::new(config);
     let terminated = terminated()?;
-    let mut random = [0_u8; 40];
-    SysRng
-        .try_fill_bytes(&mut random)
-        .map_err(|error| anyhow!("the operating system gives no random numbers: {error}"))?;
-    let (seed, run) = random.split_first_chunk::<32>().context("32 of 40 bytes")?;
-    let run = run.first_chunk::<8>().context("8 of 40 bytes")?;
-    let audit = Audit::open(format!("{:016x}", u64::from_be_bytes(*run)));
+    let (seed, run) = (random::<32>()?, random::<8>()?);
+    let audit = Audit::open(format!("{:016x}", u64::from_be_bytes(run)));
     audit.record(&Event::Started {
         version: env!("CARGO_PKG_VERSION").to_owned(),
     });
@@ -257,7 +252,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         metrics,
         counters,
     };
-    let driver = Driver::new(parts, *seed, restored, views).await;
+    let driver = Driver::new(parts, seed, restored, views).await;
     let ended = driver.run(orders, reload, network, terminated).await;
     notify("STOPPING=1");
     proxy_end.cancel();

@@ -259,16 +259,28 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     if let Some(node) = node {
         node.stop().await;
     }
-    if let Some(bus) = bus {
-        // The reply to Exit is still on its way.
-        if tokio::time::timeout(BUS_FAREWELL, bus.graceful_shutdown())
+    leave(bus).await;
+    Ok(ended)
+}
+
+/// Bytes from the operating system's generator.
+fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    SysRng
+        .try_fill_bytes(&mut bytes)
+        .map_err(|error| anyhow!("the operating system gives no random numbers: {error}"))?;
+    Ok(bytes)
+}
+
+/// Leaves the bus once the reply to `Exit` has been sent.
+async fn leave(bus: Option<zbus::Connection>) {
+    if let Some(bus) = bus
+        && tokio::time::timeout(BUS_FAREWELL, bus.graceful_shutdown())
             .await
             .is_err()
-        {
-            tracing::debug!("the bus took no farewell");
-        }
+    {
+        tracing::debug!("the bus took no farewell");
     }
-    Ok(ended)
 }
 
 async fn listen(address: std::net::SocketAddr, setting: &str) -> anyhow::Result<TcpListener> {

@@ -3,10 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, builder::BoolishValueParser};
-use dvpn_common::ids::ProviderId;
+use dvpn_common::ids::{CheckoutId, ProviderId};
 use url::Url;
 
-use crate::config::{Config, DEFAULT_MAX_CONNECTIONS, Timing};
+use crate::config::{Config, DEFAULT_MAX_CONNECTIONS, Limits, Timing};
 
 /// The DVPN pool server: provider list, approvals and payments.
 #[derive(Debug, Parser)]
@@ -40,6 +40,30 @@ pub enum Command {
         /// The node's id.
         id: ProviderId,
     },
+    /// Revoke a paid token: it verifies no more, and its connections end within a second (needs --database).
+    Revoke(Revoke),
+    /// Make a new signing key, vouched for by the old one; a running pool takes it up within a second (needs --database).
+    RotateKey,
+}
+
+/// Which token to revoke, and why.
+#[derive(Debug, Clone, Args)]
+#[group(skip)]
+pub struct Revoke {
+    /// The checkout that it was, or would be, paid by.
+    #[arg(
+        long,
+        value_name = "ID",
+        required_unless_present = "token_stdin",
+        conflicts_with = "token_stdin"
+    )]
+    pub checkout: Option<CheckoutId>,
+    /// Read the token from standard input.
+    #[arg(long)]
+    pub token_stdin: bool,
+    /// What its holder is told.
+    #[arg(long, value_name = "TEXT", default_value = "ask the pool's operator")]
+    pub reason: String,
 }
 
 /// Every option, also by environment.
@@ -70,12 +94,46 @@ pub struct Options {
     /// Where people reach this server's /payment, for links to payment pages.
     #[arg(long, global = true, env = "DVPN_POOL_PAYMENT_URL", value_name = "URL")]
     pub payment_url: Option<Url>,
-    /// Most connections at one time; an eighth of them from one address.
+    /// Most connections at one time.
     #[arg(long, global = true, env = "DVPN_POOL_MAX_CONNECTIONS", value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS)]
     pub max_connections: usize,
+    /// Connections from one address (IPv6 /64) at one time [default: an eighth of --max-connections].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_CONNECTIONS", value_name = "N")]
+    pub limit_connections: Option<usize>,
+    /// Refused guesses from one address (IPv6 /64) a minute [default: 60].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_FAILURES", value_name = "N")]
+    pub limit_failures: Option<u32>,
+    /// Approvals and releases of one token a minute [default: 240].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_APPROVALS", value_name = "N")]
+    pub limit_approvals: Option<u32>,
+    /// New nodes from one /24 (IPv6 /48) an hour [default: 64].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_NODES", value_name = "N")]
+    pub limit_nodes: Option<u32>,
+    /// New checkouts from one /24 (IPv6 /48) an hour [default: 256].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_CHECKOUTS", value_name = "N")]
+    pub limit_checkouts: Option<u32>,
+    /// Reachability checks of nodes at one address (IPv6 /64) a minute [default: 240].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_CHECKS", value_name = "N")]
+    pub limit_checks: Option<u32>,
+    /// Speed tests from one /24 (IPv6 /48) at one time [default: 4].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_SPEED_TESTS", value_name = "N")]
+    pub limit_speed_tests: Option<usize>,
 }
 
 impl Options {
+    fn limits(&self) -> Limits {
+        let usual = Limits::default();
+        Limits {
+            failures: self.limit_failures.unwrap_or(usual.failures),
+            approvals: self.limit_approvals.unwrap_or(usual.approvals),
+            nodes: self.limit_nodes.unwrap_or(usual.nodes),
+            checkouts: self.limit_checkouts.unwrap_or(usual.checkouts),
+            checks: self.limit_checks.unwrap_or(usual.checks),
+            speed_tests: self.limit_speed_tests.unwrap_or(usual.speed_tests),
+            connections: self.limit_connections,
+        }
+    }
+
     /// The configuration, or everything that is missing or wrong, one line each.
     pub fn config(self) -> Result<Config, Vec<String>> {
         let mut wrong = Vec::new();
@@ -103,6 +161,10 @@ impl Options {
         if self.max_connections == 0 {
             wrong.push("--max-connections must be 1 or more".to_owned());
         }
+        let limits = self.limits();
+        if limits.connections == Some(0) {
+            wrong.push("--limit-connections must be 1 or more".to_owned());
+        }
         if let (Some(cert), Some(key)) = (&self.tls_cert, &self.tls_key)
             && let Err(error) = crate::server::tls_config(cert, key)
         {
@@ -119,6 +181,7 @@ impl Options {
                 private_endpoints: self.private_endpoints,
                 payment_url: self.payment_url,
                 max_connections: self.max_connections,
+                limits,
                 timing: Timing::default(),
             }),
             _ => Err(wrong),

@@ -26,8 +26,44 @@ pub struct Config {
     pub payment_url: Option<Url>,
     /// Most connections at one time.
     pub max_connections: usize,
+    /// How much one source may ask.
+    pub limits: Limits,
     /// The pool's clockwork.
     pub timing: Timing,
+}
+
+/// How much one source may ask before it has to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Refused guesses (of tokens, proofs, secrets, names) of one line a minute. A line is an IPv4 address, an IPv6 /64.
+    pub failures: u32,
+    /// Approvals and releases of one token a minute.
+    pub approvals: u32,
+    /// New node ids of one site an hour. A site is an IPv4 /24, an IPv6 /48.
+    pub nodes: u32,
+    /// New checkouts of one site an hour.
+    pub checkouts: u32,
+    /// Reachability checks of nodes of one line a minute.
+    pub checks: u32,
+    /// Speed tests of one site at one time.
+    pub speed_tests: usize,
+    /// Connections of one line at one time; an eighth of all when left out.
+    pub connections: Option<usize>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            failures: 60,
+            // More than any client needs, fewer than would keep a node busy.
+            approvals: 240,
+            nodes: 64,
+            checkouts: 256,
+            checks: 240,
+            speed_tests: 4,
+            connections: None,
+        }
+    }
 }
 
 /// The pool's clockwork; the defaults are the contract's.
@@ -41,8 +77,14 @@ pub struct Timing {
     pub ack_timeout: Duration,
     /// Longest life of an approval; never more than the contract's 24 hours.
     pub approval_life: Duration,
+    /// How long a key stays approved once another one renewed it.
+    pub renewal_grace: Duration,
+    /// How long a challenge is the current one; it is good for as long again.
+    pub challenge_life: Duration,
     /// How long a checkout's quote holds.
     pub quote_life: Duration,
+    /// How long one speed test runs at most.
+    pub speed_test: Duration,
 }
 
 impl Default for Timing {
@@ -52,7 +94,11 @@ impl Default for Timing {
             stream_grace: Duration::from_secs(10),
             ack_timeout: APPROVE_ACK_TIMEOUT,
             approval_life: MAX_APPROVAL_LIFE,
+            // With the half second between two sweeps it stays below the 30 s of the contract.
+            renewal_grace: Duration::from_secs(29),
+            challenge_life: Duration::from_mins(1),
             quote_life: Duration::from_mins(15),
+            speed_test: Duration::from_mins(1),
         }
     }
 }

@@ -1,16 +1,20 @@
 //! How many connections there may be at one time, all together and from one line, counted from the first byte of the
-//! TLS handshake to the close.
+//! TLS handshake to the close; and the way to cut one whose other end does not read.
 
 use std::{
     collections::HashMap,
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
 };
 
 use axum_server::accept::Accept;
+use futures::task::AtomicWaker;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -30,20 +34,53 @@ pub struct Gate {
 struct Open {
     all: usize,
     by_line: HashMap<IpAddr, usize>,
+    by_peer: HashMap<SocketAddr, Scissors>,
+}
+
+/// Cuts one connection: its next read or write fails, also one that waits now.
+#[derive(Clone, Default)]
+pub struct Scissors(Arc<Cut>);
+
+#[derive(Default)]
+struct Cut {
+    done: AtomicBool,
+    waiting: AtomicWaker,
+}
+
+impl Scissors {
+    /// Cuts.
+    pub fn cut(&self) {
+        self.0.done.store(true, Ordering::Release);
+        self.0.waiting.wake();
+    }
+
+    fn check(&self, cx: &Context<'_>) -> io::Result<()> {
+        self.0.waiting.register(cx.waker());
+        if self.0.done.load(Ordering::Acquire) {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the other end took too long"));
+        }
+        Ok(())
+    }
 }
 
 impl Gate {
-    /// At most `most` connections, and an eighth of them from one line.
-    pub fn new(most: usize) -> Self {
+    /// At most `most` connections, and from one line `most_of_one_line`, or an eighth of them.
+    pub fn new(most: usize, most_of_one_line: Option<usize>) -> Self {
         Self {
             most,
-            most_of_one_line: (most / 8).max(1),
+            most_of_one_line: most_of_one_line.unwrap_or(most / 8).max(1),
             open: Arc::default(),
         }
     }
 
-    fn enter(&self, source: IpAddr) -> Option<Entry> {
-        let line = line(source);
+    /// The way to cut the connection of `peer`, while it is open.
+    pub fn scissors(&self, peer: SocketAddr) -> Option<Scissors> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.by_peer.get(&peer).cloned()
+    }
+
+    fn enter(&self, peer: SocketAddr) -> Option<Entry> {
+        let line = line(peer.ip());
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if open.all >= self.most
             || open
@@ -55,9 +92,13 @@ impl Gate {
         }
         open.all += 1;
         *open.by_line.entry(line).or_default() += 1;
+        let scissors = Scissors::default();
+        open.by_peer.insert(peer, scissors.clone());
         Some(Entry {
             open: self.open.clone(),
             line,
+            peer,
+            scissors,
         })
     }
 }
@@ -65,12 +106,15 @@ impl Gate {
 struct Entry {
     open: Arc<Mutex<Open>>,
     line: IpAddr,
+    peer: SocketAddr,
+    scissors: Scissors,
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.all = open.all.saturating_sub(1);
+        open.by_peer.remove(&self.peer);
         if let Some(count) = open.by_line.get_mut(&self.line) {
             *count -= 1;
             if *count == 0 {
@@ -83,7 +127,7 @@ impl Drop for Entry {
 /// A connection that is counted while it lives.
 pub struct Counted {
     stream: TcpStream,
-    _entry: Entry,
+    entry: Entry,
 }
 
 impl<S> Accept<TcpStream, S> for Gate {
@@ -95,9 +139,9 @@ impl<S> Accept<TcpStream, S> for Gate {
         let accepted = || {
             stream.set_nodelay(true)?;
             let entry = self
-                .enter(stream.peer_addr()?.ip())
+                .enter(stream.peer_addr()?)
                 .ok_or_else(|| io::Error::new(io::ErrorKind::ConnectionRefused, "too many connections"))?;
-            Ok((Counted { stream, _entry: entry }, service))
+            Ok((Counted { stream, entry }, service))
         };
         std::future::ready(accepted())
     }
@@ -105,12 +149,14 @@ impl<S> Accept<TcpStream, S> for Gate {
 
 impl AsyncRead for Counted {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.entry.scissors.check(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
 impl AsyncWrite for Counted {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.entry.scissors.check(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -124,6 +170,7 @@ impl AsyncWrite for Counted {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.entry.scissors.check(cx)?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
     }
     fn is_write_vectored(&self) -> bool {
@@ -137,13 +184,16 @@ mod tests {
 
     #[test]
     fn a_line_gets_its_share_and_places_come_back() {
-        let gate = Gate::new(16);
-        let (one, other): (IpAddr, IpAddr) = ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
-        let held: Vec<_> = (0..2).map(|_| gate.enter(one).unwrap()).collect();
-        assert!(gate.enter(one).is_none());
+        let gate = Gate::new(16, None);
+        let peer = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let (one, other) = (peer("192.0.2.1:1"), peer("192.0.2.2:1"));
+        let held = [gate.enter(one).unwrap(), gate.enter(peer("192.0.2.1:2")).unwrap()];
+        assert!(gate.enter(peer("192.0.2.1:3")).is_none());
         assert!(gate.enter(other).is_some());
+        assert!(gate.scissors(one).is_some() && gate.scissors(other).is_none());
         drop(held);
         assert!(gate.enter(one).is_some());
-        assert!(gate.open.lock().unwrap().by_line.is_empty());
+        let open = gate.open.lock().unwrap();
+        assert!(open.by_line.is_empty() && open.by_peer.is_empty());
     }
 }

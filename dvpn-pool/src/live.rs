@@ -1,30 +1,35 @@
 //! What is known of nodes only while they live: streams, heartbeats, echoes, acknowledgements; and the provider list
 //! that follows from it. Every function here is short and never waits.
 
+mod node;
+
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use dvpn_common::{
-    contract::{Ack, PeerAdded, PeerRemoved, Snapshot},
+    contract::{Ack, PeerAdded, PeerReleased, PeerRemoved, Reachability, Snapshot},
     ids::ProviderId,
     keys::PublicKey,
 };
-use tokio::sync::{mpsc, oneshot};
+use node::{LiveNode, Stream, Waiter};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     config::Timing,
     list::{List, ProviderDocument},
+    reach::Unreached,
     refusal::Refusal,
+    signing::Signer,
     store::Node,
 };
 
-/// Events that may wait in one stream. A node that is further behind is cut off and begins with a snapshot.
-const STREAM_DEPTH: usize = 1024;
-/// How long a completed echo is believed.
-const ECHO_LIFE: Duration = Duration::from_mins(1);
+/// Events that may wait in one stream: more than a batch of approvals for every place a node has. A node that is further
+/// behind is cut off and begins with a snapshot.
+const STREAM_DEPTH: usize = 8192;
 
 /// One event of a node's stream.
 #[derive(Debug, Clone)]
@@ -35,10 +40,22 @@ pub enum NodeEvent {
     Add(PeerAdded),
     /// One peer less.
     Remove(PeerRemoved),
+    /// One peer whose connection is over.
+    Release(PeerReleased),
 }
 
 /// What a node said of one change: applied, or the reason why not.
 pub type AckResult = Result<(), String>;
+
+/// What [`Live::begin_check`] says. The receivers change when the check has its result.
+pub enum Check {
+    /// The last result is fresh, or this node may not be sent to (yet).
+    NotDue,
+    /// Somebody is at it.
+    Running(watch::Receiver<u64>),
+    /// Make it now, with the node as it is here.
+    Due(Node, watch::Receiver<u64>),
+}
 
 /// The receiving end of one node's stream.
 pub struct StreamEnd {
@@ -48,94 +65,12 @@ pub struct StreamEnd {
     pub generation: u64,
 }
 
-struct Stream {
-    generation: u64,
-    events: mpsc::Sender<NodeEvent>,
-}
-
-struct Waiter {
-    sequence: u64,
-    client: PublicKey,
-    done: oneshot::Sender<AckResult>,
-}
-
-struct LiveNode {
-    node: Node,
-    leaving: bool,
-    same_address: bool,
-    heard: Option<Instant>,
-    stream: Option<Stream>,
-    stream_seen: Option<Instant>,
-    reached: Option<Instant>,
-    unreachable: Option<String>,
-    /// A change that was not acknowledged in time; cleared by an acknowledgement of it, or by a new stream.
-    stalled_at: Option<u64>,
-    waiters: Vec<Waiter>,
-    listed: bool,
-}
-
-impl LiveNode {
-    fn new(node: Node) -> Self {
-        Self {
-            node,
-            leaving: false,
-            same_address: false,
-            heard: None,
-            stream: None,
-            stream_seen: None,
-            reached: None,
-            unreachable: None,
-            stalled_at: None,
-            waiters: Vec::new(),
-            listed: false,
-        }
-    }
-
-    /// Why clients are not shown this node; nothing if they are.
-    fn obstacle(&self, open_registration: bool, timing: &Timing, now: Instant) -> Option<String> {
-        let within = |since: Option<Instant>, limit| since.is_some_and(|at| now.saturating_duration_since(at) < limit);
-        if self.leaving {
-            Some("the node is leaving; register again without `leaving` to come back".into())
-        } else if let Some(reason) = may_be_reached(&self.node, self.same_address, open_registration) {
-            Some(reason)
-        } else if self.node.probe.is_none() {
-            Some("send `probe`, the address of the node's latency echo: unreachable nodes are not listed".into())
-        } else if let Some(reason) = &self.unreachable {
-            Some(reason.clone())
-        } else if self.reached.is_none() {
-            Some("the pool has not yet completed an echo with the node".into())
-        } else if !within(self.heard, timing.heartbeat * 3) {
-            Some(format!("no heartbeat: register every {} s", timing.heartbeat.as_secs()))
-        } else if self.stream.is_none() && !within(self.stream_seen, timing.stream_grace) {
-            Some("open the node's event stream: approvals reach it there".into())
-        } else if self.stalled_at.is_some() {
-            Some("the node did not acknowledge a change in time".into())
-        } else {
-            None
-        }
-    }
-}
-
-/// Whether the pool may send to, and list, the node's addresses. One that is not where the registration came from could
-/// be anybody's: only the operator can vouch for it.
-fn may_be_reached(node: &Node, same_address: bool, open_registration: bool) -> Option<String> {
-    if node.approved || (open_registration && same_address) {
-        None
-    } else if open_registration {
-        Some(
-            "the endpoint is not the address that the registration came from: register from there, or ask the \
-             operator to approve this node"
-                .into(),
-        )
-    } else {
-        Some("the operator has not approved this node yet".into())
-    }
-}
-
 struct State {
     nodes: BTreeMap<ProviderId, LiveNode>,
     list: List,
     list_is_old: bool,
+    /// Listed for the first time since the start, and not yet stored as such.
+    newly_listed: Vec<ProviderId>,
     generations: u64,
     closed: bool,
 }
@@ -149,15 +84,16 @@ pub struct Live {
 
 impl Live {
     /// Begins with what the database knows; nothing of it is listed before it shows life.
-    pub fn new(nodes: Vec<Node>, open_registration: bool, timing: Timing) -> Self {
+    pub fn new(nodes: Vec<Node>, list: List, open_registration: bool, timing: Timing) -> Self {
         let nodes = nodes
             .into_iter()
             .map(|node| (node.id.clone(), LiveNode::new(node)))
             .collect();
         let state = State {
             nodes,
-            list: List::default(),
+            list,
             list_is_old: true,
+            newly_listed: Vec::new(),
             generations: 0,
             closed: false,
         };
@@ -177,8 +113,8 @@ impl Live {
         self.state().nodes.get(id).map(|live| live.node.clone())
     }
 
-    /// A registration or heartbeat.
-    pub fn registered(&self, node: &Node, same_address: bool, leaving: bool, now: Instant) {
+    /// A registration or heartbeat, from `source`.
+    pub fn registered(&self, node: &Node, source: IpAddr, leaving: bool, now: Instant) {
         let mut state = self.state();
         let live = state
             .nodes
@@ -188,40 +124,57 @@ impl Live {
             (live.node.public_key, live.node.endpoint, live.node.probe) != (node.public_key, node.endpoint, node.probe);
         if moved {
             live.reached = None;
-            live.unreachable = None;
+            live.unreached = None;
+            live.check_not_before = None;
         }
         let shown_otherwise = live.node != *node;
         live.node = node.clone();
-        live.same_address = same_address;
+        live.source = Some(source);
+        live.same_address = node.endpoint.ip() == source;
         live.leaving = leaving;
         live.heard = Some(now);
         state.list_is_old |= shown_otherwise;
         self.review(&mut state, &node.id, now);
     }
 
-    /// Where an echo is due, if one is: the probe's address and the key to expect there.
-    pub fn echo_due(&self, id: &ProviderId, now: Instant) -> Option<Node> {
-        let state = self.state();
-        let live = state.nodes.get(id)?;
-        let fresh = live
-            .reached
-            .is_some_and(|at| now.saturating_duration_since(at) < ECHO_LIFE);
-        let allowed = may_be_reached(&live.node, live.same_address, self.open_registration).is_none();
-        (!fresh && allowed && !live.leaving && live.node.probe.is_some()).then(|| live.node.clone())
+    /// The node was told of the pool's WireGuard key; true if it had been before.
+    pub fn told_prober(&self, id: &ProviderId) -> bool {
+        let mut state = self.state();
+        state
+            .nodes
+            .get_mut(id)
+            .is_some_and(|live| std::mem::replace(&mut live.told_prober, true))
     }
 
-    /// The result of an echo with the node as it was in `probed`.
-    pub fn echoed(&self, probed: &Node, result: Result<(), String>, now: Instant) {
+    /// Whether a check of the node's reachability is due. Who is told to make it must report to [`Self::checked`].
+    pub fn begin_check(&self, id: &ProviderId, now: Instant) -> Check {
         let mut state = self.state();
-        if let Some(live) = state.nodes.get_mut(&probed.id)
-            && (live.node.public_key, live.node.probe) == (probed.public_key, probed.probe)
-        {
-            (live.reached, live.unreachable) = match result {
-                Ok(()) => (Some(now), None),
-                Err(reason) => (None, Some(reason)),
-            };
-            self.review(&mut state, &probed.id, now);
+        let Some(live) = state.nodes.get_mut(id) else {
+            return Check::NotDue;
+        };
+        if live.checking {
+            return Check::Running(live.checks.subscribe());
         }
+        if !live.check_is_due(self.open_registration, now) {
+            return Check::NotDue;
+        }
+        live.checking = true;
+        Check::Due(live.node.clone(), live.checks.subscribe())
+    }
+
+    /// The result of a check of the node as it was in `probed`.
+    pub fn checked(&self, probed: &Node, result: Result<(), Unreached>, now: Instant) {
+        let mut state = self.state();
+        let Some(live) = state.nodes.get_mut(&probed.id) else {
+            return;
+        };
+        live.checking = false;
+        let seen = |node: &Node| (node.public_key, node.endpoint, node.probe);
+        if seen(&live.node) == seen(probed) {
+            live.note_check(result, now);
+        }
+        live.checks.send_modify(|count| *count += 1);
+        self.review(&mut state, &probed.id, now);
     }
 
     /// Why the node is not listed; nothing if it is.
@@ -232,13 +185,59 @@ impl Live {
         }
     }
 
+    /// Why the node cannot be told of a client now. One that takes no new clients can: it is asked for renewals.
+    pub fn unready(&self, id: &ProviderId, now: Instant) -> Option<String> {
+        match self.state().nodes.get(id) {
+            Some(live) => live.unready(self.open_registration, &self.timing, now),
+            None => Some("the node is not registered".into()),
+        }
+    }
+
+    /// What the pool found when it tried to reach the node.
+    pub fn reachability(&self, id: &ProviderId) -> Reachability {
+        self.state()
+            .nodes
+            .get(id)
+            .map_or(Reachability::Untested, |live| live.reachability(self.open_registration))
+    }
+
+    /// Forgets nodes that the database forgot.
+    pub fn forget(&self, ids: &[ProviderId]) {
+        let mut state = self.state();
+        for id in ids {
+            if state.nodes.remove(id).is_some_and(|live| live.listed) {
+                state.list_is_old = true;
+            }
+        }
+    }
+
+    /// Nodes listed since the last call, to be stored as once listed.
+    pub fn take_newly_listed(&self) -> Vec<ProviderId> {
+        std::mem::take(&mut self.state().newly_listed)
+    }
+
+    /// The next ceiling of list versions to store, if it is time.
+    pub fn ceiling_due(&self, now: jiff::Timestamp) -> Option<u64> {
+        self.state().list.ceiling_due(now)
+    }
+
+    /// The ceiling is stored.
+    pub fn raise_ceiling(&self, ceiling: u64) {
+        self.state().list.raise_ceiling(ceiling);
+    }
+
+    /// The list must be signed anew.
+    pub fn relist(&self) {
+        self.state().list_is_old = true;
+    }
+
     /// Begins a stream with `snapshot`; an older stream of the node ends. It is a sign of life like a heartbeat, and
-    /// `same_address` tells as much as with a registration: a restarted pool waits for none.
+    /// `source` tells as much as with a registration: a restarted pool waits for none.
     pub fn open_stream(
         &self,
         id: &ProviderId,
         snapshot: Snapshot,
-        same_address: bool,
+        source: IpAddr,
         now: Instant,
     ) -> Result<StreamEnd, Refusal> {
         let mut state = self.state();
@@ -259,7 +258,8 @@ impl Live {
         live.stream_seen = Some(now);
         live.heard = Some(now);
         live.stalled_at = None;
-        live.same_address |= same_address;
+        live.same_address |= live.node.endpoint.ip() == source;
+        live.source.get_or_insert(source);
         self.review(&mut state, id, now);
         Ok(StreamEnd {
             events: receiver,
@@ -360,7 +360,7 @@ impl Live {
     }
 
     /// The list, rebuilt only if something in it changed or it gets old.
-    pub fn list(&self, now: jiff::Timestamp) -> ProviderDocument {
+    pub fn list(&self, signer: &Signer, now: jiff::Timestamp) -> ProviderDocument {
         let mut state = self.state();
         let State {
             nodes,
@@ -369,9 +369,13 @@ impl Live {
             ..
         } = &mut *state;
         if std::mem::take(list_is_old) {
-            list.replace(nodes.values().filter(|live| live.listed).map(|live| &live.node), now);
+            list.replace(
+                nodes.values().filter(|live| live.listed).map(|live| &live.node),
+                signer,
+                now,
+            );
         }
-        list.document(now)
+        list.document(signer, now)
     }
 
     fn review(&self, state: &mut State, id: &ProviderId, now: Instant) {
@@ -379,7 +383,12 @@ impl Live {
         let obstacle = live.obstacle(self.open_registration, &self.timing, now);
         if live.listed == obstacle.is_some() {
             live.listed = obstacle.is_none();
+            let first = live.listed && !live.was_listed;
+            live.was_listed |= live.listed;
             state.list_is_old = true;
+            if first {
+                state.newly_listed.push(id.clone());
+            }
             match obstacle {
                 None => tracing::info!(node = %id, "listed"),
                 Some(reason) => tracing::info!(node = %id, reason, "not listed any more"),

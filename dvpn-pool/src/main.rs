@@ -1,5 +1,7 @@
 //! The DVPN pool server.
 
+mod operator;
+
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory as _, Parser as _};
@@ -39,6 +41,8 @@ fn main() -> ExitCode {
         (false, Some(Command::Nodes)) => runtime.block_on(nodes(cli.options)),
         (false, Some(Command::ApproveNode { id })) => runtime.block_on(set_approved(cli.options, id, true)),
         (false, Some(Command::RevokeNode { id })) => runtime.block_on(set_approved(cli.options, id, false)),
+        (false, Some(Command::Revoke(which))) => runtime.block_on(operator::revoke(cli.options, which)),
+        (false, Some(Command::RotateKey)) => runtime.block_on(operator::rotate_key(cli.options)),
         (false, None) => fail(&Cli::command().render_help().to_string(), 2),
     }
 }

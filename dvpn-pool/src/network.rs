@@ -1,7 +1,7 @@
-//! Inner addresses. Each node has a /20 of 10.96.0.0/11 and a /64 of the pool's own ULA prefix (RFC 4193), both by its
+//! Inner addresses. Each node has a /19 of 10.96.0.0/11 and a /64 of the pool's own ULA prefix (RFC 4193), both by its
 //! index; its own address is the first of each.
 //!
-//! There are 512 IPv4 networks; from the 513th node on they are used again. Peers of two nodes never meet on one
+//! There are 256 IPv4 networks; from the 257th node on they are used again. Peers of two nodes never meet on one
 //! interface, and the IPv6 networks stay unique.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,11 +10,11 @@ use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 
 /// The first host number that a client may have: 0 is the network, 1 the node.
 pub const FIRST_HOST: u32 = 2;
-/// How many clients one node's networks hold: a /20 without network, node and broadcast address.
+/// How many clients one node's networks hold: a /19 without network, node and broadcast address.
 pub const HOSTS: u32 = (1 << (32 - V4_PREFIX as u32)) - 3;
 
 const V4_BASE: u32 = Ipv4Addr::new(10, 96, 0, 0).to_bits();
-const V4_PREFIX: u8 = 20;
+const V4_PREFIX: u8 = 19;
 const V4_NETWORKS: u32 = 1 << (V4_PREFIX - 11);
 const V6_PREFIX: u8 = 64;
 
@@ -59,7 +59,7 @@ impl Networks {
         Self { v4, v6 }
     }
 
-    /// The node's own address in each, with the prefix length of the network: `10.96.0.1/20`, `fd…::1/64`.
+    /// The node's own address in each, with the prefix length of the network: `10.96.0.1/19`, `fd…::1/64`.
     pub fn of_node(self) -> Vec<IpNetwork> {
         let (v4, v6) = self.addresses(1);
         networks(v4, V4_PREFIX, v6, V6_PREFIX)
@@ -147,16 +147,16 @@ mod tests {
                 panic!("two networks")
             };
             assert!(outer.contains(v4.network()) && outer.contains(v4.broadcast()), "{v4}");
-            assert_eq!((v4.prefix(), v6.prefix()), (20, 64));
+            assert_eq!((v4.prefix(), v6.prefix()), (19, 64));
             assert!(seen.insert(v6.network()));
-            assert_eq!(seen.insert(v4.network()), index < 512);
+            assert_eq!(seen.insert(v4.network()), index < 256);
         }
     }
 
     #[test]
     fn the_node_is_first_and_clients_stay_inside_its_networks() {
         let networks = Networks::of(ULA, 1);
-        assert_eq!(networks.of_node()[0].to_string(), "10.96.16.1/20");
+        assert_eq!(networks.of_node()[0].to_string(), "10.96.32.1/19");
         assert_eq!(networks.of_node()[1].to_string(), "fd01:203:405:1::1/64");
         for host in FIRST_HOST..FIRST_HOST + HOSTS {
             for (client, node) in networks.of_client(host).iter().zip(networks.of_node()) {
@@ -165,7 +165,7 @@ mod tests {
         }
         assert_eq!(
             networks.of_client(FIRST_HOST + HOSTS - 1)[0].to_string(),
-            "10.96.31.254/32"
+            "10.96.63.254/32"
         );
     }
 

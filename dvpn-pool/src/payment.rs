@@ -69,23 +69,32 @@ fn amounts(base: u64) -> Vec<u64> {
     amounts
 }
 
-/// Mints the token of a paid checkout; nothing if it was handed out before. Only its hash is kept.
-pub async fn mint_token(
+/// The token of a paid checkout, until it is first used. It is derived, so the same one can be told again to a client
+/// that lost the answer, and only its hash is kept.
+pub async fn token(
     pool: &Pool,
     checkout: &CheckoutId,
     paid_at: Timestamp,
 ) -> Result<Option<Zeroizing<String>>, Refusal> {
-    let mut random = Zeroizing::new([0_u8; 32]);
-    aws_lc_rs::rand::fill(random.as_mut_slice())
-        .map_err(|_unspecified| Refusal::unavailable("the pool has no random numbers; try again"))?;
-    let digits = Zeroizing::new(crate::hex::encode(random.as_slice()));
-    let token = Zeroizing::new(format!("{DEVELOPMENT_TOKEN_PREFIX}{}", digits.as_str()));
     let expires_at = a_month_after(paid_at).ok_or_else(|| Refusal::unavailable("the pool's clock is out of range"))?;
-    let stored = pool
-        .store
-        .deliver_token(checkout, &sha256(token.as_bytes()), expires_at)
-        .await?;
-    Ok(stored.then_some(token))
+    let signer = pool.signer();
+    let mut tokens = signer
+        .ring
+        .tokens(checkout.as_str())
+        .map(|digits| Zeroizing::new(format!("{DEVELOPMENT_TOKEN_PREFIX}{}", digits.as_str())));
+    let Some(newest) = tokens.next() else { return Ok(None) };
+    let wanted = sha256(newest.as_bytes());
+    let Some(minted) = pool.store.mint_token(checkout, &wanted, expires_at).await? else {
+        return Ok(None);
+    };
+    let known = pool.store.token(&minted).await?;
+    if known.is_none_or(|token| token.used || token.revoked.is_some()) {
+        return Ok(None);
+    }
+    // Minted before the pool's key changed, it is one of the older ones.
+    Ok(std::iter::once(newest)
+        .chain(tokens)
+        .find(|token| sha256(token.as_bytes()) == minted))
 }
 
 /// The same day of the next month, or its last day.

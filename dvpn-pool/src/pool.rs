@@ -3,35 +3,38 @@
 use std::{
     collections::HashSet,
     net::IpAddr,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
+use dvpn_common::keys::VerifyingKey;
 use jiff::Timestamp;
 
 use crate::{
+    api::speed::Slots,
+    challenge::Challenges,
     config::Config,
+    connections::Gate,
+    ledger::{self, Ledger, Queue},
     limiter::{Limiter, line},
+    list::List,
     live::{Live, NodeEvent},
     network::{Networks, UlaId},
+    prober::Prober,
     refusal::Refusal,
     signed::ReplayCache,
-    signing::{self, PoolKey},
+    signing::{self, KeyRing, Signer},
     store::{self, Removed, Store, TokenHash},
 };
 
 const MINUTE: Duration = Duration::from_mins(1);
-/// Failures of one line a minute before it has to wait.
-const FAILURES: u32 = 60;
-/// Approvals of one token a minute: more than any client needs, fewer than would keep a node busy.
-const APPROVALS: u32 = 240;
-/// New node ids and new checkouts of one /24 or /48 an hour.
-const NEW_PER_SITE: u32 = 64;
 /// Keys that one limiter remembers.
 const LIMITER_CAPACITY: usize = 65_536;
-/// Nonces of one node that are remembered: 4 minutes of 60 requests a second.
-const NONCES_PER_NODE: usize = 16_384;
+/// Nonces of one node that are remembered: 4 minutes of 250 requests a second.
+const NONCES_PER_NODE: usize = 65_536;
+/// Nonces of all nodes, some 200 MB of them.
+const NONCES: usize = 2_000_000;
 
 /// Why the pool does not open.
 #[derive(Debug, thiserror::Error)]
@@ -48,15 +51,9 @@ pub enum Error {
     /// The signing key.
     #[error("the pool's signing key does not open")]
     Key(#[from] signing::Error),
-    /// The key is not the one this database was made with.
-    #[error(
-        "{path} is not the key this database was made with: clients and nodes have pinned the old one, so restore it \
-         from a backup"
-    )]
-    ForeignKey {
-        /// Which file.
-        path: PathBuf,
-    },
+    /// The key gives no WireGuard key.
+    #[error("the pool's signing key gives no WireGuard key: restore it from a backup")]
+    Prober,
 }
 
 /// Everything the handlers share.
@@ -65,8 +62,12 @@ pub struct Pool {
     pub config: Config,
     /// What survives a restart.
     pub store: Store,
-    /// Signs approvals.
-    pub key: PoolKey,
+    /// Where changes of nodes' peers are handed in.
+    pub ledger: Ledger,
+    /// Ephemeral keys for proofs of possession.
+    pub challenges: Challenges,
+    /// Shakes hands with nodes.
+    pub prober: Prober,
     /// What is known of nodes only while they live.
     pub live: Live,
     /// Nonces of signed requests.
@@ -77,30 +78,42 @@ pub struct Pool {
     pub registrations: Limiter<IpAddr>,
     /// New checkouts a site.
     pub checkouts: Limiter<IpAddr>,
+    /// Reachability checks a line.
+    pub checks: Limiter<IpAddr>,
+    /// Who is measuring a line.
+    pub speed: Slots,
+    /// The open connections.
+    pub gate: Gate,
     /// Held while a node's peers change and the change is put into its stream: events leave in the order of their
     /// sequence numbers, and a snapshot is of one moment.
     pub changes: tokio::sync::Mutex<()>,
+    signer: RwLock<Arc<Signer>>,
     failures: Limiter<IpAddr>,
     approving: Mutex<HashSet<TokenHash>>,
     ula: UlaId,
 }
 
 impl Pool {
-    /// Opens database and key.
-    pub async fn open(config: Config) -> Result<Arc<Self>, Error> {
+    /// Opens database and keys. Nothing that is handed in at the ledger happens before [`crate::ledger::write`] runs on
+    /// the queue.
+    pub async fn open(config: Config) -> Result<(Arc<Self>, Queue), Error> {
         if !config.development {
             return Err(Error::NoPaymentBackend);
         }
         let store = Store::open(&config.database).await?;
-        let key_path = config.database.with_extension("key");
-        let bound = store.meta("pool_key").await?;
+        let bound = store.pool_key().await?;
+        let key_path = key_path(&config.database);
         if bound.is_some() && !key_path.exists() {
-            return Err(Error::ForeignKey { path: key_path });
+            return Err(signing::Error::Foreign { path: key_path }.into());
         }
-        let key = PoolKey::open(&key_path)?;
-        if store.meta_or_insert("pool_key", &key.public().to_string()).await? != key.public().to_string() {
-            return Err(Error::ForeignKey { path: key_path });
+        let ring = KeyRing::open(&key_path, bound)?;
+        if bound.is_none() {
+            store
+                .meta_or_insert("pool_key", &ring.current().public().to_string())
+                .await?;
         }
+        let prober = Prober::new(ring.prober()).ok_or(Error::Prober)?;
+        let rotations = store.rotations().await?;
         let ula = store.meta_or_insert("ula", &UlaId::random().to_hex()).await?;
         let ula = UlaId::parse(&ula).ok_or(store::Error::Corrupt("ULA prefix"))?;
         let dropped = store.remove_unacknowledged().await?;
@@ -110,22 +123,45 @@ impl Pool {
                 "approvals of an earlier run were never acknowledged and are withdrawn"
             );
         }
-        store.forget_silent_nodes(Timestamp::now()).await?;
-        let live = Live::new(store.nodes().await?, config.open_registration, config.timing);
-        Ok(Arc::new(Self {
+        let now = Timestamp::now();
+        store.forget_silent_nodes(now).await?;
+        let list = List::above(store.list_version().await?);
+        let live = Live::new(store.nodes().await?, list, config.open_registration, config.timing);
+        let (ledger, queue) = ledger::open();
+        let limits = config.limits;
+        let limiter = |allowed, window| Limiter::new(allowed, window, LIMITER_CAPACITY);
+        let pool = Arc::new(Self {
             store,
-            key,
+            ledger,
+            challenges: Challenges::new(config.timing.challenge_life),
+            prober,
             live,
-            replays: ReplayCache::new(NONCES_PER_NODE),
-            approvals: Limiter::new(APPROVALS, MINUTE, LIMITER_CAPACITY),
-            registrations: Limiter::new(NEW_PER_SITE, MINUTE * 60, LIMITER_CAPACITY),
-            checkouts: Limiter::new(NEW_PER_SITE * 4, MINUTE * 60, LIMITER_CAPACITY),
+            replays: ReplayCache::new(NONCES_PER_NODE, NONCES),
+            approvals: Limiter::new(limits.approvals, MINUTE, LIMITER_CAPACITY),
+            registrations: limiter(limits.nodes, MINUTE * 60),
+            checkouts: limiter(limits.checkouts, MINUTE * 60),
+            checks: limiter(limits.checks, MINUTE),
+            speed: Slots::new(limits.speed_tests),
+            gate: Gate::new(config.max_connections, limits.connections),
             changes: tokio::sync::Mutex::new(()),
-            failures: Limiter::new(FAILURES, MINUTE, LIMITER_CAPACITY),
+            signer: RwLock::new(Arc::new(Signer { ring, rotations })),
+            failures: limiter(limits.failures, MINUTE),
             approving: Mutex::new(HashSet::new()),
             ula,
             config,
-        }))
+        });
+        pool.raise_ceiling(now).await?;
+        Ok((pool, queue))
+    }
+
+    /// What signs now.
+    pub fn signer(&self) -> Arc<Signer> {
+        self.signer.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The key that approvals of now verify with.
+    pub fn public_key(&self) -> VerifyingKey {
+        self.signer().ring.current().public()
     }
 
     /// The inner networks of the node with this index.
@@ -181,16 +217,65 @@ impl Pool {
         })
     }
 
-    /// One round of what time does: ends approvals, takes silent nodes off the list.
+    /// One round of what time, and an operator beside this process, do: ends approvals, takes silent nodes off the
+    /// list, takes up a new key.
     pub async fn sweep(&self) -> Result<(), store::Error> {
         let now = Timestamp::now();
         self.live.sweep(Instant::now());
+        self.challenges.sweep(Instant::now());
         self.replays.sweep(now.as_second());
+        self.raise_ceiling(now).await?;
+        self.follow_rotation().await?;
+        let listed = self.live.take_newly_listed();
+        if !listed.is_empty() {
+            self.store.mark_listed(&listed).await?;
+        }
         let _order = self.changes.lock().await;
-        let removed = self.store.remove_expired(now).await?;
+        let removed = self.store.remove_ended(now).await?;
         self.announce_removed(removed);
         Ok(())
     }
+
+    /// Forgets what nobody asks for any more.
+    pub async fn clean(&self) -> Result<(), store::Error> {
+        let now = Timestamp::now();
+        self.store.forget_old_payments(now).await?;
+        // With the order of changes held, no registration comes between the database and the memory.
+        let _order = self.changes.lock().await;
+        let forgotten = self.store.forget_silent_nodes(now).await?;
+        self.live.forget(&forgotten);
+        Ok(())
+    }
+
+    async fn raise_ceiling(&self, now: Timestamp) -> Result<(), store::Error> {
+        if let Some(ceiling) = self.live.ceiling_due(now) {
+            self.store.raise_list_version(ceiling).await?;
+            self.live.raise_ceiling(ceiling);
+        }
+        Ok(())
+    }
+
+    async fn follow_rotation(&self) -> Result<(), store::Error> {
+        let current = self.store.pool_key().await?;
+        if current.is_none_or(|key| key == self.public_key()) {
+            return Ok(());
+        }
+        let rotations = self.store.rotations().await?;
+        match KeyRing::open(&key_path(&self.config.database), current) {
+            Ok(ring) => {
+                tracing::warn!(target: crate::AUDIT, pool_key = %ring.current().public(), "pool_key_rotated");
+                *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Signer { ring, rotations });
+                self.live.relist();
+            }
+            Err(error) => tracing::error!(%error, "the pool's new key does not open; the old one goes on"),
+        }
+        Ok(())
+    }
+}
+
+/// Where the keys of the pool with this database are.
+pub fn key_path(database: &Path) -> PathBuf {
+    database.with_extension("key")
 }
 
 /// The right to approve for one token, until dropped.

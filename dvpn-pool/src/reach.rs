@@ -1,4 +1,5 @@
-//! Whether a node answers where it says: the pool completes the latency echo against the node's key.
+//! Whether a node answers where it says, as a client would meet it: the pool completes the latency echo and a WireGuard
+//! handshake against the node's key.
 
 use std::{
     io,
@@ -7,6 +8,7 @@ use std::{
 };
 
 use dvpn_common::{
+    contract::Reachability,
     echo::{EchoKey, REPLY_BYTES},
     keys::PublicKey,
 };
@@ -14,6 +16,8 @@ use tokio::{
     net::UdpSocket,
     time::{Instant, timeout_at},
 };
+
+use crate::{prober::Prober, store::Node};
 
 /// Requests sent before giving up.
 const TRIES: u32 = 4;
@@ -33,19 +37,53 @@ pub enum Error {
         source: io::Error,
     },
     /// Nothing valid came back.
-    #[error("no valid echo came back from {0}: open that UDP port, and answer with the registered WireGuard key")]
+    #[error("no valid echo came back from {0}")]
     Silent(SocketAddr),
+}
+
+/// What a check found wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreached {
+    /// In a word.
+    pub found: Reachability,
+    /// For the owner, with what to do.
+    pub reason: String,
+}
+
+/// Reaches `node` as a client would. Its `probe` must be known.
+pub async fn check(node: &Node, prober: &Prober) -> Result<(), Unreached> {
+    let unreached = |found, error: &dyn std::error::Error, port: u16, what| Unreached {
+        found,
+        reason: format!(
+            "{error}: UDP port {port} ({what}) is closed on the way. Open it in the firewall and forward it to this \
+             machine at the router; where the router's own address is not public (carrier-grade NAT), ask the internet \
+             provider for a public one"
+        ),
+    };
+    if let Some(probe) = node.probe {
+        echo(probe, &node.public_key)
+            .await
+            .map_err(|error| unreached(Reachability::NoEcho, &error, probe.port(), "the latency echo"))?;
+    }
+    prober
+        .handshake(node.endpoint, &node.public_key)
+        .await
+        .map_err(|error| unreached(Reachability::NoHandshake, &error, node.endpoint.port(), "WireGuard"))
+}
+
+/// Where to bind a socket that sends to `remote`.
+pub(crate) fn local(remote: SocketAddr) -> SocketAddr {
+    if remote.is_ipv4() {
+        SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))
+    } else {
+        SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))
+    }
 }
 
 /// Completes one echo with the holder of `key` at `probe`.
 pub async fn echo(probe: SocketAddr, key: &PublicKey) -> Result<(), Error> {
     let failed = |source| Error::Socket { probe, source };
-    let local = if probe.is_ipv4() {
-        SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))
-    } else {
-        SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))
-    };
-    let socket = UdpSocket::bind(local).await.map_err(failed)?;
+    let socket = UdpSocket::bind(local(probe)).await.map_err(failed)?;
     // A connected socket hears only this address.
     socket.connect(probe).await.map_err(failed)?;
     let echo = EchoKey::new(key);

@@ -26,7 +26,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use crate::{
     api,
     config::Config,
-    connections::Gate,
+    ledger,
     pool::{self, Pool},
     refusal::Refusal,
 };
@@ -41,7 +41,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How often the pool looks at what time has changed.
 const SWEEP: Duration = Duration::from_millis(500);
 /// How often it forgets what nobody asks for any more, in sweeps.
-const SWEEPS_PER_CLEANING: u32 = 7200;
+const SWEEPS_PER_CLEANING: u32 = 120;
 
 /// Why the pool does not serve.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +104,7 @@ impl Server {
 
     /// The key that its approvals verify with.
     pub fn pool_key(&self) -> VerifyingKey {
-        self.pool.key.public()
+        self.pool.public_key()
     }
 
     /// Waits until it has stopped and its database is closed.
@@ -122,8 +122,7 @@ impl Server {
 pub async fn serve(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<Server, Error> {
     let tls = tls_config(&config.tls_cert, &config.tls_key)?;
     let wanted = config.listen;
-    let gate = Gate::new(config.max_connections);
-    let pool = Pool::open(config).await?;
+    let (pool, queue) = Pool::open(config).await?;
     let failed = |source| Error::Listen {
         address: wanted,
         source,
@@ -132,7 +131,7 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()> + Send + '
     let address = listener.local_addr().map_err(failed)?;
     let acceptor = RustlsAcceptor::new(RustlsConfig::from_config(Arc::new(tls)))
         .handshake_timeout(HANDSHAKE_TIMEOUT)
-        .acceptor(gate);
+        .acceptor(pool.gate.clone());
     let handle = Handle::new();
     let mut server = axum_server::from_tcp(listener)
         .map_err(failed)?
@@ -148,6 +147,7 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()> + Send + '
         .max_buf_size(64 * 1024);
     let service = router(pool.clone()).into_make_service_with_connect_info::<SocketAddr>();
     let sweeper = tokio::spawn(sweep(pool.clone()));
+    let writer = tokio::spawn(ledger::write(pool.clone(), queue));
     let stopping = pool.clone();
     tokio::spawn(async move {
         shutdown.await;
@@ -158,6 +158,7 @@ pub async fn serve(config: Config, shutdown: impl Future<Output = ()> + Send + '
     let task = tokio::spawn(async move {
         let result = server.serve(service).await;
         sweeper.abort();
+        writer.abort();
         result
     });
     Ok(Server { address, pool, task })
@@ -201,6 +202,10 @@ fn router(pool: Arc<Pool>) -> Router {
         .route("/providers/nodes/{id}/ack", post(api::nodes::ack))
         .route("/providers/approve", post(api::approve::approve))
         .route("/approve", post(api::approve::approve))
+        .route("/providers/approve/challenge", get(api::approve::challenge))
+        .route("/approve/challenge", get(api::approve::challenge))
+        .route("/providers/release", post(api::release::release))
+        .route("/release", post(api::release::release))
         .route("/payment", post(api::payment::verify))
         .route("/payment/checkout/start", post(api::payment::start))
         .route("/payment/checkout/{id}", get(api::payment::status))
@@ -241,7 +246,7 @@ async fn sweep(pool: Arc<Pool>) {
         round = round.wrapping_add(1);
         let mut done = pool.sweep().await;
         if done.is_ok() && round.is_multiple_of(SWEEPS_PER_CLEANING) {
-            done = pool.store.forget_old_payments(jiff::Timestamp::now()).await;
+            done = pool.clean().await;
         }
         if let Err(error) = done {
             tracing::error!(

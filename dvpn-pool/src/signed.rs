@@ -64,6 +64,12 @@ impl Claim {
         replays: &ReplayCache,
         now: i64,
     ) -> Result<(), Refusal> {
+        self.verify(request, identity, now)?;
+        replays.admit(self, now)
+    }
+
+    /// Checks time and signature. The nonce is still to be admitted.
+    pub fn verify(&self, request: &SignedParts<'_>, identity: &VerifyingKey, now: i64) -> Result<(), Refusal> {
         if self.time.abs_diff(now) > MAX_CLOCK_SKEW.as_secs() {
             return Err(Refusal::unauthorized(format!(
                 "the request is signed for {}, here it is {now}: set the clock (NTP)",
@@ -83,7 +89,7 @@ impl Claim {
                 "the signature is not this node's over this request",
             ));
         }
-        replays.admit(&self.node, self.nonce, now)
+        Ok(())
     }
 }
 
@@ -98,10 +104,18 @@ pub struct SignedParts<'a> {
     pub body: &'a [u8],
 }
 
-/// Nonces seen, for as long as their requests could still be fresh. Bounded for each node: who floods blocks itself.
+/// Nonces seen, for as long as their requests could still be fresh. Bounded for each node, so that who floods blocks
+/// itself, and for all of them together.
 pub struct ReplayCache {
     per_node: usize,
-    seen: Mutex<HashMap<ProviderId, Seen>>,
+    most: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    seen: HashMap<ProviderId, Seen>,
+    all: usize,
 }
 
 #[derive(Default)]
@@ -111,26 +125,39 @@ struct Seen {
 }
 
 impl Seen {
-    fn forget_before(&mut self, oldest: i64) {
+    /// How many went.
+    fn forget_before(&mut self, oldest: i64) -> usize {
+        let before = self.nonces.len();
         while let Some((_, nonce)) = self.by_age.pop_front_if(|(at, _)| *at < oldest) {
             self.nonces.remove(&nonce);
         }
+        before - self.nonces.len()
     }
 }
 
 impl ReplayCache {
-    /// Remembers at most `per_node` nonces of each node.
-    pub fn new(per_node: usize) -> Self {
+    /// Remembers at most `per_node` nonces of each node, and `most` of all.
+    pub fn new(per_node: usize, most: usize) -> Self {
         Self {
             per_node,
-            seen: Mutex::new(HashMap::new()),
+            most,
+            state: Mutex::default(),
         }
     }
 
-    fn admit(&self, node: &ProviderId, nonce: u128, now: i64) -> Result<(), Refusal> {
-        let mut all = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = all.entry(node.clone()).or_default();
-        seen.forget_before(oldest(now));
+    /// Takes the nonce of a verified request in, or refuses it.
+    pub fn admit(&self, claim: &Claim, now: i64) -> Result<(), Refusal> {
+        self.admit_nonce(&claim.node, claim.nonce, now)
+    }
+
+    fn admit_nonce(&self, node: &ProviderId, nonce: u128, now: i64) -> Result<(), Refusal> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { seen: all_seen, all } = &mut *state;
+        if *all >= self.most {
+            return Err(Refusal::too_many(MAX_CLOCK_SKEW));
+        }
+        let seen = all_seen.entry(node.clone()).or_default();
+        *all -= seen.forget_before(oldest(now));
         if seen.nonces.len() >= self.per_node {
             return Err(Refusal::too_many(MAX_CLOCK_SKEW));
         }
@@ -140,14 +167,16 @@ impl ReplayCache {
             ));
         }
         seen.by_age.push_back((now, nonce));
+        *all += 1;
         Ok(())
     }
 
     /// Drops what no request can repeat any more.
     pub fn sweep(&self, now: i64) {
-        let mut all = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|_, seen| {
-            seen.forget_before(oldest(now));
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { seen: all_seen, all } = &mut *state;
+        all_seen.retain(|_, seen| {
+            *all -= seen.forget_before(oldest(now));
             !seen.nonces.is_empty()
         });
     }
@@ -168,23 +197,39 @@ mod tests {
 
     #[test]
     fn a_nonce_is_good_once_a_node_until_no_request_can_carry_it() {
-        let cache = ReplayCache::new(10);
-        assert!(cache.admit(&node("a"), 1, 1000).is_ok());
-        assert!(cache.admit(&node("a"), 1, 1000).is_err());
-        assert!(cache.admit(&node("a"), 1, 1240).is_err());
-        assert!(cache.admit(&node("b"), 1, 1000).is_ok());
+        let cache = ReplayCache::new(10, 100);
+        assert!(cache.admit_nonce(&node("a"), 1, 1000).is_ok());
+        assert!(cache.admit_nonce(&node("a"), 1, 1000).is_err());
+        assert!(cache.admit_nonce(&node("a"), 1, 1240).is_err());
+        assert!(cache.admit_nonce(&node("b"), 1, 1000).is_ok());
         cache.sweep(1242);
-        assert!(cache.seen.lock().unwrap().is_empty());
+        assert!(cache.state.lock().unwrap().seen.is_empty());
     }
 
     #[test]
     fn a_node_that_floods_blocks_only_itself() {
-        let cache = ReplayCache::new(10);
+        let cache = ReplayCache::new(10, 100);
         for nonce in 0..10 {
-            cache.admit(&node("a"), nonce, 1000).unwrap();
+            cache.admit_nonce(&node("a"), nonce, 1000).unwrap();
         }
-        assert!(cache.admit(&node("a"), 11, 1000).is_err());
-        assert!(cache.admit(&node("b"), 11, 1000).is_ok());
-        assert!(cache.admit(&node("a"), 11, 1242).is_ok());
+        assert!(cache.admit_nonce(&node("a"), 11, 1000).is_err());
+        assert!(cache.admit_nonce(&node("b"), 11, 1000).is_ok());
+        assert!(cache.admit_nonce(&node("a"), 11, 1242).is_ok());
+    }
+    #[test]
+    fn all_nodes_together_are_bounded_and_forgotten_nonces_make_room() {
+        let cache = ReplayCache::new(10, 15);
+        for nonce in 0..10 {
+            cache.admit_nonce(&node("a"), nonce, 1000).unwrap();
+        }
+        for nonce in 0..5 {
+            cache.admit_nonce(&node("b"), nonce, 1100).unwrap();
+        }
+        assert!(cache.admit_nonce(&node("c"), 1, 1100).is_err());
+        cache.sweep(1242);
+        for nonce in 0..10 {
+            cache.admit_nonce(&node("c"), nonce, 1242).unwrap();
+        }
+        assert!(cache.admit_nonce(&node("d"), 1, 1242).is_err());
     }
 }

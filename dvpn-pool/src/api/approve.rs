@@ -2,25 +2,40 @@
 
 use std::{sync::Arc, time::Instant};
 
-use axum::{Json, extract::State, http::StatusCode};
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderValue, StatusCode, header},
+    response::IntoResponse,
+};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{
-    approval::ApprovalFields,
-    contract::{ApproveRequest, ApproveResponse, PeerAdded, PeerEntry},
+    contract::{ApproveRequest, ApproveResponse},
     ids::ProviderId,
     keys::PublicKey,
     limits::MAX_APPROVAL_LIFE,
 };
 use jiff::Timestamp;
+use tokio::sync::oneshot;
 
 use crate::{
-    live::NodeEvent,
+    live::AckResult,
     pool::Pool,
     refusal::Refusal,
     request::Incoming,
     signing::sha256,
-    store::{ApprovalRow, ApproveOutcome, NewApproval, Node, TokenHash},
+    store::{Acknowledgement, ApprovalRow, ApproveOutcome, NewApproval, Token, TokenHash},
 };
+
+/// `GET /approve/challenge`: the key to prove possession against.
+pub async fn challenge(State(pool): State<Arc<Pool>>) -> Result<impl IntoResponse, Refusal> {
+    let challenge = pool
+        .challenges
+        .current(Instant::now())
+        .ok_or_else(|| Refusal::unavailable("the pool has no random numbers; try again"))?;
+    let headers = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
+    Ok((headers, Json(challenge)))
+}
 
 /// `POST /approve`
 pub async fn approve(State(pool): State<Arc<Pool>>, request: Incoming) -> Result<Json<ApproveResponse>, Refusal> {
@@ -36,17 +51,17 @@ pub async fn approve(State(pool): State<Arc<Pool>>, request: Incoming) -> Result
     pool.guarded(source, decided).await.map(Json)
 }
 
-/// Everything an approval names.
+/// Everything an approval names, and whether the token was used before.
 struct Wish {
-    token: TokenHash,
-    node: Node,
-    client_key: PublicKey,
-    issued_at: Timestamp,
-    expires_at: Timestamp,
+    approval: NewApproval,
+    first_use: bool,
 }
 
 async fn decide(pool: &Arc<Pool>, body: ApproveRequest) -> Result<ApproveResponse, Refusal> {
-    let wish = check(pool, &body).await?;
+    let Wish {
+        approval: wish,
+        first_use,
+    } = check(pool, &body).await?;
     drop(body);
     pool.approvals
         .take(&wish.token, Instant::now())
@@ -54,8 +69,7 @@ async fn decide(pool: &Arc<Pool>, body: ApproveRequest) -> Result<ApproveRespons
     let Some(claim) = pool.claim_token(wish.token) else {
         return Err(Refusal::unavailable("another approval for this token is under way"));
     };
-    let networks = pool.networks(wish.node.index);
-    let (row, answer) = tell_node(pool, &wish).await?;
+    let (row, answer) = stored(pool.ledger.approve(wish.clone()).await?)?;
     let problem = match tokio::time::timeout(pool.config.timing.ack_timeout, answer).await {
         Ok(Ok(Ok(()))) => None,
         Ok(Ok(Err(reason))) => Some(format!("the provider refused: {reason}")),
@@ -65,19 +79,30 @@ async fn decide(pool: &Arc<Pool>, body: ApproveRequest) -> Result<ApproveRespons
             Some("the provider did not confirm in time".to_owned())
         }
     };
-    let order = pool.changes.lock().await;
     if let Some(problem) = problem {
-        // A renewal that is not confirmed keeps its peer: the client is connected through it, and it is paid for.
-        if !row.renewal {
-            let removed = pool.store.withdraw(row.serial).await?;
-            pool.announce_removed(removed);
+        // A key that was a peer before stays one: the client is connected through it, and it is paid for.
+        if !row.again {
+            pool.ledger.withdraw(row.serial).await?;
         }
         return Err(Refusal::unavailable(format!("{problem}; take another provider")));
     }
-    let removed = pool.store.acknowledge(&wish.token, row.serial).await?;
-    pool.announce_removed(removed);
-    drop(order);
+    let grace = pool.config.timing.renewal_grace;
+    let over = Timestamp::now().checked_add(grace).unwrap_or(wish.expires_at);
+    let stands = pool
+        .ledger
+        .acknowledge(Acknowledgement {
+            token: wish.token,
+            serial: row.serial,
+            supersedes: wish.renews.and(row.renews).map(|old| (old, over)),
+            others: row.others,
+            first_use,
+        })
+        .await?;
     drop(claim);
+    if !stands {
+        return Err(Refusal::unavailable("the approval was taken back meanwhile; try again"));
+    }
+    let networks = pool.networks(wish.node.index);
     let addresses = networks.of_client(row.host);
     Ok(ApproveResponse {
         approved: Some(true),
@@ -100,95 +125,103 @@ async fn check(pool: &Pool, body: &ApproveRequest) -> Result<Wish, Refusal> {
         ));
     };
     let token = sha256(body.token.as_bytes());
+    check_proof(pool, body, &client_key, &token)?;
+    let known = paid(pool, &token).await?;
     let now = Timestamp::now();
     let issued_at = Timestamp::from_second(now.as_second()).unwrap_or(now);
-    let Some(paid_until) = pool.store.token_expiry(&token).await? else {
-        return Err(Refusal::unauthorized(
-            "this pool does not know the token: pay, or check PAYMENT_TOKEN",
-        ));
-    };
-    if paid_until <= now {
+    if known.expires_at <= now {
         return Err(Refusal::new(
             StatusCode::PAYMENT_REQUIRED,
-            format!("the subscription ended at {paid_until}: pay for another month"),
+            format!("the subscription ended at {}: pay for another month", known.expires_at),
         ));
     }
     let unknown = || Refusal::not_found("the pool has no such provider: fetch the list again");
     let id: ProviderId = body.provider_id.parse().ok().ok_or_else(unknown)?;
     let node = pool.live.node(&id).ok_or_else(unknown)?;
-    if let Some(reason) = pool.live.obstacle(&id, Instant::now()) {
+    if let Some(reason) = pool.live.unready(&id, Instant::now()) {
         tracing::debug!(node = %id, reason, "asked for while not listed");
         return Err(Refusal::unavailable("the provider is not ready; take another one"));
     }
     if node.public_key == client_key {
         return Err(Refusal::bad_request("`client_public_key` is the provider's own key"));
     }
+    if body.renews == Some(client_key) {
+        return Err(Refusal::bad_request("`renews` is the key itself: leave it out"));
+    }
     let life = pool.config.timing.approval_life.min(MAX_APPROVAL_LIFE);
     let expires_at = issued_at
         .checked_add(life)
-        .map_or(paid_until, |end| end.min(paid_until));
+        .map_or(known.expires_at, |end| end.min(known.expires_at));
     Ok(Wish {
-        token,
-        node,
-        client_key,
-        issued_at,
-        expires_at,
+        first_use: !known.used,
+        approval: NewApproval {
+            token,
+            node,
+            client_key,
+            renews: body.renews,
+            now: issued_at,
+            expires_at,
+        },
     })
 }
 
-/// Stores the approval and sends it to the provider; the receiver tells what the provider said.
-async fn tell_node(
-    pool: &Pool,
-    wish: &Wish,
-) -> Result<(ApprovalRow, tokio::sync::oneshot::Receiver<crate::live::AckResult>), Refusal> {
-    let networks = pool.networks(wish.node.index);
-    let order = pool.changes.lock().await;
-    let wanted = NewApproval {
-        token: &wish.token,
-        node: &wish.node,
-        client_key: wish.client_key,
-        now: wish.issued_at,
-        expires_at: wish.expires_at,
+/// Whoever asks must hold the private half of the key: else one could have somebody else's key bound to one's token.
+fn check_proof(pool: &Pool, body: &ApproveRequest, client_key: &PublicKey, token: &TokenHash) -> Result<(), Refusal> {
+    let refused = |reason: &str| {
+        // The id is the sender's word: only one that could be an id is repeated.
+        let provider = body.provider_id.parse::<ProviderId>().ok();
+        tracing::warn!(target: crate::AUDIT, provider = provider.as_ref().map(ProviderId::as_str), reason, "proof_refused");
+        Refusal::unauthorized(reason)
     };
-    let sign = |serial, host| {
-        let approval = ApprovalFields {
-            pool_id: pool.key.pool_id(),
-            provider_id: wish.node.id.clone(),
-            provider_key: wish.node.public_key,
-            client_key: wish.client_key,
-            addresses: networks.of_client(host),
-            issued_at: wish.issued_at,
-            expires_at: wish.expires_at,
-            serial,
+    let Some(proof) = &body.proof else {
+        return Err(refused(
+            "`proof` is missing: show with a key of approve/challenge that you hold the private half of `client_public_key`",
+        ));
+    };
+    pool.challenges
+        .check(proof, &body.provider_id, client_key, token, Instant::now())
+        .map_err(|error| refused(&error.to_string()))
+}
+
+/// The token, if somebody was given it and the operator has not taken it back. Its month may be over.
+async fn paid(pool: &Pool, token: &TokenHash) -> Result<Token, Refusal> {
+    let known = pool
+        .store
+        .token(token)
+        .await?
+        .ok_or_else(|| Refusal::unauthorized("this pool does not know the token: pay, or check PAYMENT_TOKEN"))?;
+    match known.revoked {
+        Some(reason) => {
+            tracing::warn!(target: crate::AUDIT, "revoked_token_used");
+            Err(Refusal::forbidden(format!("the operator revoked this token: {reason}")))
         }
-        .encode();
-        let signature = pool.key.sign(&approval);
-        (approval, signature)
-    };
-    let row = match pool.store.approve(wanted, sign).await? {
-        ApproveOutcome::Stored(row) => row,
-        ApproveOutcome::KeyTaken => {
-            return Err(Refusal::conflict(
-                "this WireGuard key is approved for another token: make a fresh one",
-            ));
+        None => Ok(known),
+    }
+}
+
+/// The approval that was stored, or why none was.
+fn stored(
+    outcome: (ApproveOutcome, Option<oneshot::Receiver<AckResult>>),
+) -> Result<(ApprovalRow, oneshot::Receiver<AckResult>), Refusal> {
+    let refusal = match outcome {
+        (ApproveOutcome::Stored(row), Some(answer)) => return Ok((row, answer)),
+        (ApproveOutcome::Stored(_), None) => Refusal::unavailable("the approval was interrupted; try again"),
+        (ApproveOutcome::KeyTaken, _) => {
+            Refusal::conflict("this WireGuard key is approved for another token: make a fresh one")
         }
-        ApproveOutcome::NodeFull => return Err(Refusal::unavailable("the provider is full; take another one")),
+        (ApproveOutcome::NodeFull, _) => Refusal::unavailable("the provider is full; take another one"),
+        (ApproveOutcome::NodeDraining, _) => {
+            Refusal::unavailable("the provider takes no new clients; take another one")
+        }
+        (ApproveOutcome::NothingToRenew, _) => Refusal::conflict(
+            "`renews` is not a live approval of this token at this provider: ask without it, with a fresh key",
+        ),
+        (ApproveOutcome::RenewalPending, _) => Refusal::conflict(
+            "the connection was renewed by another key a moment ago: release the old key, or ask again in 30 s",
+        ),
+        (ApproveOutcome::Superseded, _) => {
+            Refusal::conflict("this key was renewed by another one: use that, or a fresh one")
+        }
     };
-    let event = NodeEvent::Add(PeerAdded {
-        sequence: row.sequence,
-        peer: PeerEntry {
-            public_key: wish.client_key,
-            addresses: networks.of_client(row.host),
-            expires_at: wish.expires_at,
-            approval: STANDARD.encode(&row.approval),
-            signature: STANDARD.encode(row.signature),
-            renews: None,
-            released: false,
-        },
-    });
-    let answer = pool.live.expect_ack(&wish.node.id, row.sequence, wish.client_key);
-    // Without a stream it waits all the same: a node that reconnects in time finds the peer in its snapshot.
-    pool.live.send(&wish.node.id, event, Instant::now());
-    drop(order);
-    Ok((row, answer))
+    Err(refusal)
 }

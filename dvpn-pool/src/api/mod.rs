@@ -4,4 +4,5 @@ pub mod approve;
 pub mod nodes;
 pub mod payment;
 pub mod providers;
+pub mod release;
 pub mod speed;

@@ -18,7 +18,7 @@ use dvpn_common::{
 use futures::Stream;
 use jiff::Timestamp;
 
-use super::providers::check_reachable;
+use super::providers::start_check;
 use crate::{
     live::{NodeEvent, StreamEnd},
     pool::Pool,
@@ -48,14 +48,12 @@ pub async fn events(
                 networks: networks.of_node(),
                 peers,
             };
-            let same_address = node.endpoint.ip() == request.source;
             let end = pool
                 .live
-                .open_stream(&node.id, snapshot, same_address, Instant::now())?;
+                .open_stream(&node.id, snapshot, request.source, Instant::now())?;
             drop(order);
             // After a restart of the pool the node is checked now, and not only at its next heartbeat.
-            let (checked, checking) = (node.id.clone(), pool.clone());
-            tokio::spawn(async move { check_reachable(&checking, &checked).await });
+            start_check(&pool, &node.id);
             Ok(stream(pool.clone(), node.id, end))
         })
         .await?;
@@ -98,12 +96,14 @@ fn encode(next: &NodeEvent) -> Result<Event, axum::Error> {
         NodeEvent::Snapshot(snapshot) => (event::SNAPSHOT, snapshot.sequence),
         NodeEvent::Add(added) => (event::ADD, added.sequence),
         NodeEvent::Remove(removed) => (event::REMOVE, removed.sequence),
+        NodeEvent::Release(released) => (event::RELEASE, released.sequence),
     };
     let encoded = Event::default().event(name).id(sequence.to_string());
     match next {
         NodeEvent::Snapshot(snapshot) => encoded.json_data(snapshot),
         NodeEvent::Add(added) => encoded.json_data(added),
         NodeEvent::Remove(removed) => encoded.json_data(removed),
+        NodeEvent::Release(released) => encoded.json_data(released),
     }
 }
 

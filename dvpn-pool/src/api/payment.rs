@@ -2,7 +2,6 @@
 
 use std::{sync::Arc, time::Instant};
 
-use aws_lc_rs::constant_time::verify_slices_are_equal;
 use axum::{
     Json,
     extract::{Path, State},
@@ -24,7 +23,7 @@ use crate::{
     refusal::Refusal,
     request::Incoming,
     signing::sha256,
-    store::CheckoutRow,
+    store::{CheckoutRow, Token},
 };
 
 /// The answer to a verify request: the user's contract, and when it ends.
@@ -37,7 +36,7 @@ pub struct VerifyAnswer {
     #[serde(skip_serializing_if = "Option::is_none")]
     expires_at: Option<Timestamp>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<&'static str>,
+    error: Option<String>,
 }
 
 /// `POST /payment`. Which provider the customer is about to use is not looked at, and not kept.
@@ -46,11 +45,16 @@ pub async fn verify(State(pool): State<Arc<Pool>>, request: Incoming) -> Result<
         .guarded(request.source, async {
             let body: VerifyRequest = request.json()?;
             check_terms(&body.required_wallet, body.required_price_usd, &body.required_interval)?;
-            let expires_at = pool.store.token_expiry(&sha256(body.token.as_bytes())).await?;
-            Ok(answer(expires_at, Timestamp::now()))
+            let hash = sha256(body.token.as_bytes());
+            let token = pool.store.token(&hash).await?;
+            let answer = answer(token.as_ref(), Timestamp::now());
+            if answer.active && token.is_some_and(|token| !token.used) {
+                pool.store.mark_used(&hash).await?;
+            }
+            Ok(answer)
         })
         .await?;
-    if answer.error == Some(UNKNOWN) {
+    if answer.error.as_deref() == Some(UNKNOWN) {
         pool.count_failure(request.source);
     }
     Ok(private(Json(answer)))
@@ -58,19 +62,22 @@ pub async fn verify(State(pool): State<Arc<Pool>>, request: Incoming) -> Result<
 
 const UNKNOWN: &str = "nobody paid for this token here";
 
-fn answer(expires_at: Option<Timestamp>, now: Timestamp) -> VerifyAnswer {
-    let active = expires_at.is_some_and(|end| now < end);
+fn answer(token: Option<&Token>, now: Timestamp) -> VerifyAnswer {
+    let error = match token {
+        None => Some(UNKNOWN.to_owned()),
+        Some(Token {
+            revoked: Some(reason), ..
+        }) => Some(format!("the operator revoked this token: {reason}")),
+        Some(token) if token.expires_at <= now => Some("the subscription is over: pay for another month".to_owned()),
+        Some(_) => None,
+    };
     VerifyAnswer {
-        active,
+        active: error.is_none(),
         wallet: REQUIRED_WALLET,
         interval: REQUIRED_INTERVAL,
-        amount_usd: if expires_at.is_some() { REQUIRED_PRICE_USD } else { 0.0 },
-        expires_at,
-        error: match (expires_at, active) {
-            (Some(_), true) => None,
-            (Some(_), false) => Some("the subscription is over: pay for another month"),
-            (None, _) => Some(UNKNOWN),
-        },
+        amount_usd: if token.is_some() { REQUIRED_PRICE_USD } else { 0.0 },
+        expires_at: token.map(|token| token.expires_at),
+        error,
     }
 }
 
@@ -95,7 +102,13 @@ pub async fn start(State(pool): State<Arc<Pool>>, request: Incoming) -> Result<i
                 amount_btc: Some(btc(row.amount_sats)),
                 amount_sats: Some(row.amount_sats),
                 expires_at: Some(row.expires_at),
-                secret: Some(pool.key.checkout_secret(row.id.as_str()).to_string()),
+                secret: Some(
+                    pool.signer()
+                        .ring
+                        .current()
+                        .checkout_secret(row.id.as_str())
+                        .to_string(),
+                ),
                 session_id: row.id,
             })
         })
@@ -111,10 +124,9 @@ pub async fn status(
 ) -> Result<impl IntoResponse, Refusal> {
     let status = pool
         .guarded(request.source, async {
-            let secret = pool.key.checkout_secret(&id);
             let holder = request
                 .bearer()
-                .is_some_and(|given| verify_slices_are_equal(given.as_bytes(), secret.as_bytes()).is_ok());
+                .is_some_and(|given| pool.signer().ring.is_checkout_secret(&id, given));
             if !holder {
                 return Err(Refusal::unauthorized(
                     "send `Authorization: Bearer` with the secret of this checkout",
@@ -124,8 +136,8 @@ pub async fn status(
             let now = Timestamp::now();
             let state = state_of(&row, now);
             let token = match row.paid_at {
-                Some(paid_at) if !row.delivered => payment::mint_token(&pool, &row.id, paid_at).await?,
-                Some(_) | None => None,
+                Some(paid_at) => payment::token(&pool, &row.id, paid_at).await?,
+                None => None,
             };
             Ok(CheckoutStatus {
                 status: state,
@@ -218,10 +230,18 @@ fn private(body: impl IntoResponse) -> impl IntoResponse {
 mod tests {
     use super::*;
 
+    fn token(expires_at: Timestamp) -> Token {
+        Token {
+            expires_at,
+            used: false,
+            revoked: None,
+        }
+    }
+
     #[test]
     fn a_paid_month_reads_as_the_contract_writes_it() {
         let end = Timestamp::from_second(2_000_000_000).unwrap();
-        let json = serde_json::to_string(&answer(Some(end), Timestamp::from_second(1).unwrap())).unwrap();
+        let json = serde_json::to_string(&answer(Some(&token(end)), Timestamp::from_second(1).unwrap())).unwrap();
         assert_eq!(
             json,
             r#"{"active":true,"wallet":"1MUss4jmaRJ2sMtS9gyZqeRw8WrhWTsrxn","interval":"monthly","amount_usd":9.99,"expires_at":"2033-05-18T03:33:20Z"}"#
@@ -229,9 +249,17 @@ mod tests {
     }
 
     #[test]
-    fn over_and_unknown_are_not_active() {
+    fn over_revoked_and_unknown_are_not_active() {
         let end = Timestamp::from_second(1000).unwrap();
-        assert!(!answer(Some(end), end).active);
+        assert!(!answer(Some(&token(end)), end).active);
+        let before = Timestamp::from_second(999).unwrap();
+        assert!(answer(Some(&token(end)), before).active);
+        let revoked = Token {
+            revoked: Some("abuse".into()),
+            ..token(end)
+        };
+        let refused = answer(Some(&revoked), before);
+        assert!(!refused.active && refused.error.unwrap().contains("abuse"));
         let unknown = answer(None, end);
         assert!(!unknown.active && unknown.error.is_some() && unknown.expires_at.is_none());
     }

@@ -3,7 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -12,11 +12,16 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use dvpn_common::contract::{RegisterRequest, RegisterResponse};
+use dvpn_common::{
+    contract::{RegisterRequest, RegisterResponse},
+    ids::ProviderId,
+};
 use jiff::Timestamp;
+use tokio::sync::watch;
 
 use crate::{
-    limiter::site,
+    limiter::{line, site},
+    live::Check,
     network::{is_public, is_unicast},
     pool::Pool,
     reach,
@@ -26,9 +31,12 @@ use crate::{
     store::{Node, RegisterOutcome},
 };
 
+/// How long a registration waits for the result of a check.
+const CHECK_WAIT: Duration = Duration::from_millis(1500);
+
 /// `GET /providers`
 pub async fn list(State(pool): State<Arc<Pool>>, headers: HeaderMap) -> Response {
-    let document = pool.live.list(Timestamp::now());
+    let document = pool.live.list(&pool.signer(), Timestamp::now());
     let known = headers
         .get_all(header::IF_NONE_MATCH)
         .iter()
@@ -81,7 +89,17 @@ async fn registered(pool: &Arc<Pool>, request: Incoming) -> Result<RegisterRespo
         }
     };
     let now = Timestamp::now();
-    claim.accept(&request.signed_parts(), &identity, &pool.replays, now.as_second())?;
+    // A stranger costs a signature check and a row: its site is asked first, and its nonce is remembered only once it is
+    // a registered node. Until then a repeated request says what the first one said.
+    if known.is_none()
+        && let Some(wait) = pool.registrations.blocked(&site(request.source), Instant::now())
+    {
+        return Err(Refusal::too_many(wait));
+    }
+    claim.verify(&request.signed_parts(), &identity, now.as_second())?;
+    if known.is_some() {
+        pool.replays.admit(&claim, now.as_second())?;
+    }
     let policy = pool.config.private_endpoints;
     let endpoint = address("endpoint", &body.endpoint, policy)?;
     let probe = body
@@ -106,6 +124,8 @@ async fn registered(pool: &Arc<Pool>, request: Incoming) -> Result<RegisterRespo
         probe,
         region: body.region,
         approved: false,
+        draining: body.draining,
+        max_peers: body.max_peers,
     };
     let order = pool.changes.lock().await;
     let (node, removed) = match pool.store.register(&wanted, now).await? {
@@ -120,32 +140,54 @@ async fn registered(pool: &Arc<Pool>, request: Incoming) -> Result<RegisterRespo
     };
     pool.announce_removed(removed);
     pool.live
-        .registered(&node, endpoint.ip() == request.source, body.leaving, Instant::now());
+        .registered(&node, request.source, body.leaving, Instant::now());
     drop(order);
-    check_reachable(pool, &node.id).await;
+    if known.is_none() {
+        pool.replays.admit(&claim, now.as_second())?;
+    }
+    // A node that has only just been told of the prober's key can answer no handshake before this answer.
+    let waited = if pool.live.told_prober(&node.id) {
+        CHECK_WAIT
+    } else {
+        Duration::ZERO
+    };
+    if let Some(mut checked) = start_check(pool, &node.id) {
+        drop(tokio::time::timeout(waited, checked.changed()).await);
+    }
     let reason = pool.live.obstacle(&node.id, Instant::now());
+    let signer = pool.signer();
     Ok(RegisterResponse {
         listed: reason.is_none(),
         reason,
         observed_address: Some(request.source),
         heartbeat_seconds: Some(pool.config.timing.heartbeat.as_secs().max(1)),
-        pool_key: Some(pool.key.public()),
-        rotations: Vec::new(),
-        prober_key: None,
-        reachability: None,
+        pool_key: Some(signer.ring.current().public()),
+        rotations: signer.rotations.clone(),
+        prober_key: Some(pool.prober.public()),
+        reachability: Some(pool.live.reachability(&node.id)),
     })
 }
 
-/// Completes an echo with the node if one is due.
-pub(super) async fn check_reachable(pool: &Pool, id: &dvpn_common::ids::ProviderId) {
-    let Some(node) = pool.live.echo_due(id, Instant::now()) else {
-        return;
-    };
-    let Some(probe) = node.probe else { return };
-    let result = reach::echo(probe, &node.public_key)
-        .await
-        .map_err(|error| error.to_string());
-    pool.live.echoed(&node, result, Instant::now());
+/// Begins to check whether the node can be reached, if that is due. The receiver changes when the check is over.
+pub(super) fn start_check(pool: &Arc<Pool>, id: &ProviderId) -> Option<watch::Receiver<u64>> {
+    let now = Instant::now();
+    let endpoint = pool.live.node(id)?.endpoint;
+    if pool.checks.blocked(&line(endpoint.ip()), now).is_some() {
+        return None;
+    }
+    match pool.live.begin_check(id, now) {
+        Check::NotDue => None,
+        Check::Running(checked) => Some(checked),
+        Check::Due(node, checked) => {
+            pool.checks.count(&line(endpoint.ip()), now);
+            let pool = pool.clone();
+            tokio::spawn(async move {
+                let result = reach::check(&node, &pool.prober).await;
+                pool.live.checked(&node, result, Instant::now());
+            });
+            Some(checked)
+        }
+    }
 }
 
 fn foreign_identity() -> Refusal {

@@ -1,35 +1,34 @@
 //! A source and a sink for measuring a line.
 
 use std::{
+    collections::HashMap,
     convert::Infallible,
-    sync::{Arc, LazyLock},
-    time::{Duration, Instant},
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
+    time::Instant,
 };
 
 use axum::{
     Json,
     body::{Body, Bytes},
-    extract::{Query, Request},
+    extract::{ConnectInfo, Query, Request, State},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use futures::StreamExt as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::oneshot;
 
-use crate::refusal::Refusal;
+use crate::{limiter::site, pool::Pool, refusal::Refusal};
 
 /// What is sent when nothing is asked for.
 const DEFAULT_BYTES: u64 = 25_000_000;
 /// What one request moves at most.
 pub const MAX_BYTES: u64 = 200_000_000;
-/// How long one request runs at most.
-const MAX_TIME: Duration = Duration::from_mins(1);
 /// Requests at one time: more would only measure each other.
 const AT_ONCE: usize = 32;
 const CHUNK: usize = 64 * 1024;
 
-static SLOTS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(AT_ONCE)));
 /// Random bytes, sent over and over: longer than the window of any compressor on the way but the largest.
 static NOISE: LazyLock<Bytes> = LazyLock::new(|| {
     let mut noise = vec![0_u8; 64 * CHUNK];
@@ -52,15 +51,57 @@ pub struct Swallowed {
     seconds: f64,
 }
 
-fn slot() -> Result<OwnedSemaphorePermit, Refusal> {
-    SLOTS
-        .clone()
-        .try_acquire_owned()
-        .map_err(|_full| Refusal::unavailable("too many speed tests are running; wait"))
+/// The speed tests under way.
+pub struct Slots {
+    per_site: usize,
+    taken: Arc<Mutex<HashMap<IpAddr, usize>>>,
+}
+
+struct Slot {
+    taken: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    site: IpAddr,
+}
+
+impl Slots {
+    /// At most `per_site` of one site.
+    pub fn new(per_site: usize) -> Self {
+        Self {
+            per_site,
+            taken: Arc::default(),
+        }
+    }
+
+    fn take(&self, source: IpAddr) -> Result<Slot, Refusal> {
+        let site = site(source);
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = taken.get(&site).copied().unwrap_or(0);
+        if here >= self.per_site || taken.values().sum::<usize>() >= AT_ONCE {
+            return Err(Refusal::unavailable("too many speed tests are running; wait"));
+        }
+        taken.insert(site, here + 1);
+        Ok(Slot {
+            taken: self.taken.clone(),
+            site,
+        })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(here) = taken.get_mut(&self.site) {
+            *here -= 1;
+            if *here == 0 {
+                taken.remove(&self.site);
+            }
+        }
+    }
 }
 
 /// `GET /speed?bytes=N`
 pub async fn send(
+    State(pool): State<Arc<Pool>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
     wanted: Result<Query<Wanted>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Refusal> {
     let Ok(Query(wanted)) = wanted else {
@@ -70,16 +111,30 @@ pub async fn send(
     if bytes > MAX_BYTES {
         return Err(Refusal::bad_request(format!("`bytes` is at most {MAX_BYTES}")));
     }
-    let slot = slot()?;
-    let until = Instant::now() + MAX_TIME;
-    let body = futures::stream::unfold((bytes, 0_usize, slot), move |(left, at, slot)| async move {
+    let slot = pool.speed.take(peer.ip())?;
+    let limit = pool.config.timing.speed_test;
+    let until = Instant::now() + limit;
+    // Nobody asks a body for more while its reader stalls: the connection itself is cut when the time is over.
+    let (running, ended) = oneshot::channel::<Infallible>();
+    if let Some(scissors) = pool.gate.scissors(peer) {
+        tokio::spawn(async move {
+            if tokio::time::timeout(limit, ended).await.is_err() {
+                scissors.cut();
+            }
+        });
+    }
+    let start = (bytes, 0_usize, slot, running);
+    let body = futures::stream::unfold(start, move |(left, at, slot, running)| async move {
         if left == 0 || Instant::now() >= until {
             return None;
         }
         let at = if at + CHUNK > NOISE.len() { 0 } else { at };
         let length = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         let chunk = NOISE.slice(at..at + length);
-        Some((Ok::<_, Infallible>(chunk), (left - length as u64, at + CHUNK, slot)))
+        Some((
+            Ok::<_, Infallible>(chunk),
+            (left - length as u64, at + CHUNK, slot, running),
+        ))
     });
     let headers = [
         (
@@ -96,8 +151,12 @@ pub async fn send(
 }
 
 /// `POST /speed`
-pub async fn swallow(request: Request) -> Result<Json<Swallowed>, Refusal> {
-    let _slot = slot()?;
+pub async fn swallow(
+    State(pool): State<Arc<Pool>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: Request,
+) -> Result<Json<Swallowed>, Refusal> {
+    let _slot = pool.speed.take(peer.ip())?;
     let start = Instant::now();
     let mut body = request.into_body().into_data_stream();
     let mut bytes = 0_u64;
@@ -114,12 +173,12 @@ pub async fn swallow(request: Request) -> Result<Json<Swallowed>, Refusal> {
         }
         Ok(())
     };
-    match tokio::time::timeout(MAX_TIME, all).await {
+    match tokio::time::timeout(pool.config.timing.speed_test, all).await {
         Ok(done) => done?,
         Err(_) => {
             return Err(Refusal::new(
                 StatusCode::REQUEST_TIMEOUT,
-                "a speed test runs at most a minute",
+                "the speed test took too long",
             ));
         }
     }

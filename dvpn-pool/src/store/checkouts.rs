@@ -4,11 +4,11 @@ use dvpn_common::ids::{CheckoutId, UserId};
 use jiff::Timestamp;
 use sqlx::FromRow;
 
-use super::{Error, Store, TokenHash, commit, query, timestamp};
+use super::{Error, Store, commit, query, timestamp};
 
 /// How long an unpaid checkout answers "expired" before it is forgotten.
 const KEEP_UNPAID_SECONDS: i64 = 24 * 3600;
-/// How long a paid one is remembered once its token was handed out.
+/// How long a paid one is remembered once its token was used.
 const KEEP_PAID_SECONDS: i64 = 30 * 24 * 3600;
 
 /// One checkout.
@@ -22,7 +22,7 @@ pub struct CheckoutRow {
     pub expires_at: Timestamp,
     /// When it was paid.
     pub paid_at: Option<Timestamp>,
-    /// Whether its token was handed out.
+    /// Whether its token exists.
     pub delivered: bool,
 }
 
@@ -137,34 +137,12 @@ impl Store {
         Ok(done.rows_affected() == 1)
     }
 
-    /// Stores the hash of the token of a paid checkout; false if one was handed out before. Of many callers at once,
-    /// one is told true.
-    pub async fn deliver_token(&self, id: &CheckoutId, hash: &TokenHash, expires_at: Timestamp) -> Result<bool, Error> {
-        let mut change = self.begin().await?;
-        let done =
-            sqlx::query("UPDATE checkout SET delivered = 1 WHERE id = ? AND delivered = 0 AND paid_at IS NOT NULL")
-                .bind(id.as_str())
-                .execute(&mut *change)
-                .await
-                .map_err(query("mark a token as delivered"))?;
-        if done.rows_affected() != 1 {
-            return Ok(false);
-        }
-        sqlx::query("INSERT INTO token (hash, expires_at) VALUES (?, ?)")
-            .bind(hash.as_slice())
-            .bind(expires_at.as_second())
-            .execute(&mut *change)
-            .await
-            .map_err(query("store a token"))?;
-        commit(change).await?;
-        Ok(true)
-    }
-
     /// Forgets checkouts that nobody asks for any more, and tokens long over.
     pub async fn forget_old_payments(&self, now: Timestamp) -> Result<(), Error> {
         let seconds = now.as_second();
         sqlx::query(
-            "DELETE FROM checkout WHERE (paid_at IS NULL AND expires_at < ?) OR (delivered = 1 AND paid_at < ?)",
+            "DELETE FROM checkout WHERE (paid_at IS NULL AND expires_at < ?) OR (delivered = 1 AND paid_at < ? \
+             AND (token_hash IS NULL OR token_hash NOT IN (SELECT hash FROM token WHERE used = 0)))",
         )
         .bind(seconds.saturating_sub(KEEP_UNPAID_SECONDS))
         .bind(seconds.saturating_sub(KEEP_PAID_SECONDS))

@@ -1,8 +1,11 @@
 //! What must survive a restart, in one SQLite file. All SQL of the pool is below this module.
 
 mod approvals;
+mod changes;
 mod checkouts;
 mod nodes;
+mod rotations;
+mod tokens;
 
 use std::{
     fs::OpenOptions,
@@ -20,9 +23,10 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-pub use approvals::{ApprovalRow, ApproveOutcome, NewApproval, Removed};
+pub use changes::{Acknowledgement, ApprovalRow, ApproveOutcome, Batch, NewApproval, ReleaseOutcome, Removed};
 pub use checkouts::{CheckoutRow, OpenOutcome};
 pub use nodes::{Node, RegisterOutcome};
+pub use tokens::Token;
 
 /// SHA-256 of a token: the only form in which one is stored.
 pub type TokenHash = [u8; 32];
@@ -149,16 +153,6 @@ impl Store {
             .fetch_optional(&self.pool)
             .await
             .map_err(query("read a setting"))
-    }
-
-    /// When the token's subscription ends; nothing for a token nobody was given.
-    pub async fn token_expiry(&self, hash: &TokenHash) -> Result<Option<Timestamp>, Error> {
-        let expires: Option<i64> = sqlx::query_scalar("SELECT expires_at FROM token WHERE hash = ?")
-            .bind(hash.as_slice())
-            .fetch_optional(&self.pool)
-            .await
-            .map_err(query("look a token up"))?;
-        expires.map(|seconds| timestamp(seconds, "token expiry")).transpose()
     }
 
     /// A write transaction. It takes the write lock at once: one that reads first and then writes would fail with

@@ -11,11 +11,16 @@ use jiff::Timestamp;
 use sqlx::{FromRow, Sqlite, Transaction};
 
 use super::{Error, Removed, Store, approvals, commit, public_key, query, verifying_key};
+use crate::network::{FIRST_HOST, HOSTS};
 
 /// How stale `seen_at` may get before a heartbeat is worth a write.
-const SEEN_RESOLUTION_SECONDS: i64 = 3600;
-/// A node that was never approved and is silent for this long gives its id and networks back.
-const FORGET_AFTER_SECONDS: i64 = 7 * 24 * 3600;
+const SEEN_RESOLUTION_SECONDS: i64 = 600;
+/// A node that was never listed nor approved and is silent for this long gives its id and networks back.
+const FORGET_AFTER_SECONDS: i64 = 3600;
+/// Nodes that were never listed nor approved, at one time.
+const MOST_UNLISTED: i64 = 2048;
+/// Where a new node's addresses begin: the one after this is the first.
+const LAST_HOST: u32 = FIRST_HOST + HOSTS - 1;
 
 /// One registered node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +41,10 @@ pub struct Node {
     pub region: Option<Region>,
     /// Whether the operator approved it.
     pub approved: bool,
+    /// Whether it takes no new clients.
+    pub draining: bool,
+    /// Most clients its owner admits.
+    pub max_peers: Option<u32>,
 }
 
 /// What became of a registration.
@@ -66,13 +75,15 @@ struct NodeRow {
     probe: Option<String>,
     region: Option<String>,
     approved: bool,
+    draining: bool,
+    max_peers: Option<i64>,
     seen_at: i64,
 }
 
-const COLUMNS_BY_ID: &str =
-    "SELECT id, network_index, identity, public_key, endpoint, probe, region, approved, seen_at FROM node WHERE id = ?";
-const COLUMNS_ALL: &str =
-    "SELECT id, network_index, identity, public_key, endpoint, probe, region, approved, seen_at FROM node ORDER BY id";
+const COLUMNS_BY_ID: &str = "SELECT id, network_index, identity, public_key, endpoint, probe, region, approved, \
+     draining, max_peers, seen_at FROM node WHERE id = ?";
+const COLUMNS_ALL: &str = "SELECT id, network_index, identity, public_key, endpoint, probe, region, approved, \
+     draining, max_peers, seen_at FROM node ORDER BY id";
 
 impl TryFrom<NodeRow> for Node {
     type Error = Error;
@@ -92,6 +103,11 @@ impl TryFrom<NodeRow> for Node {
                 .map(|text| text.parse().ok().ok_or(Error::Corrupt("region")))
                 .transpose()?,
             approved: row.approved,
+            draining: row.draining,
+            max_peers: row
+                .max_peers
+                .map(|most| u32::try_from(most).ok().ok_or(Error::Corrupt("client limit")))
+                .transpose()?,
         })
     }
 }
@@ -153,11 +169,16 @@ impl Store {
         } else {
             approvals::remove_all_of_node(&mut change, &node.id).await?
         };
-        sqlx::query("UPDATE node SET public_key = ?, endpoint = ?, probe = ?, region = ?, seen_at = ? WHERE id = ?")
+        sqlx::query(
+            "UPDATE node SET public_key = ?, endpoint = ?, probe = ?, region = ?, draining = ?, max_peers = ?, seen_at = ? \
+             WHERE id = ?",
+        )
             .bind(node.public_key.as_bytes().as_slice())
             .bind(node.endpoint.to_string())
             .bind(node.probe.map(|address| address.to_string()))
             .bind(node.region.as_ref().map(Region::as_str))
+            .bind(node.draining)
+            .bind(node.max_peers)
             .bind(now.as_second())
             .bind(node.id.as_str())
             .execute(&mut *change)
@@ -174,6 +195,13 @@ impl Store {
         let mut change = self.begin().await?;
         if key_is_taken(&mut change, wanted).await? {
             return Ok(RegisterOutcome::KeyTaken);
+        }
+        let unlisted: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM node WHERE listed = 0 AND approved = 0")
+            .fetch_one(&mut *change)
+            .await
+            .map_err(query("count the unlisted nodes"))?;
+        if unlisted >= MOST_UNLISTED {
+            return Ok(RegisterOutcome::Full);
         }
         // The lowest free index, so that the networks of forgotten nodes come back into use.
         let index: i64 = sqlx::query_scalar(
@@ -195,8 +223,9 @@ impl Store {
             ..wanted.clone()
         };
         sqlx::query(
-            "INSERT INTO node (id, network_index, identity, public_key, endpoint, probe, region, seen_at) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO node \
+             (id, network_index, identity, public_key, endpoint, probe, region, draining, max_peers, last_host, seen_at) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )
         .bind(node.id.as_str())
         .bind(i64::from(index))
@@ -205,6 +234,9 @@ impl Store {
         .bind(node.endpoint.to_string())
         .bind(node.probe.map(|address| address.to_string()))
         .bind(node.region.as_ref().map(Region::as_str))
+        .bind(node.draining)
+        .bind(node.max_peers)
+        .bind(LAST_HOST)
         .bind(now.as_second())
         .execute(&mut *change)
         .await
@@ -216,14 +248,32 @@ impl Store {
         })
     }
 
-    /// Forgets nodes that the operator never approved, that have no peers and are long silent.
-    pub async fn forget_silent_nodes(&self, now: Timestamp) -> Result<u64, Error> {
-        sqlx::query("DELETE FROM node WHERE approved = 0 AND seen_at < ? AND id NOT IN (SELECT node_id FROM approval)")
-            .bind(now.as_second().saturating_sub(FORGET_AFTER_SECONDS))
-            .execute(&self.pool)
-            .await
-            .map(|done| done.rows_affected())
-            .map_err(query("forget silent nodes"))
+    /// Keeps the ids of nodes that were listed: they are never given to another identity.
+    pub async fn mark_listed(&self, ids: &[ProviderId]) -> Result<(), Error> {
+        let mut change = self.begin().await?;
+        for id in ids {
+            sqlx::query("UPDATE node SET listed = 1 WHERE id = ?")
+                .bind(id.as_str())
+                .execute(&mut *change)
+                .await
+                .map_err(query("mark a node as listed"))?;
+        }
+        commit(change).await
+    }
+
+    /// Forgets nodes that were never listed nor approved, have no peers and are silent; returns which.
+    pub async fn forget_silent_nodes(&self, now: Timestamp) -> Result<Vec<ProviderId>, Error> {
+        let ids: Vec<String> = sqlx::query_scalar(
+            "DELETE FROM node WHERE listed = 0 AND approved = 0 AND seen_at < ? \
+             AND id NOT IN (SELECT node_id FROM approval) RETURNING id",
+        )
+        .bind(now.as_second().saturating_sub(FORGET_AFTER_SECONDS))
+        .fetch_all(&self.pool)
+        .await
+        .map_err(query("forget silent nodes"))?;
+        ids.into_iter()
+            .map(|id| id.parse().ok().ok_or(Error::Corrupt("node id")))
+            .collect()
     }
 }
 

@@ -77,7 +77,9 @@ async fn every_refusal_says_what_is_wrong() {
     check(access.approve("node-a", &token, node.node.key).await, 400, "own key").await;
     let seed_only = json!({"provider_id": "node-a", "token": token, "approved": true});
     check(access.post("/approve", &seed_only).await, 400, "client_public_key").await;
-    let zero = json!({"provider_id": "node-a", "token": token, "approved": true, "client_public_key": STANDARD.encode([0; 32])});
+    let zero = json!({
+        "provider_id": "node-a", "token": token, "approved": true, "client_public_key": STANDARD.encode([0; 32]),
+    });
     check(access.post("/approve", &zero).await, 400, "all-zero").await;
     check(access.post("/approve", &json!([1, 2])).await, 400, "body").await;
     check(
@@ -108,12 +110,9 @@ async fn a_token_whose_month_is_over_gets_402() {
             .unwrap()
     );
     let ended = Timestamp::now() - SignedDuration::from_secs(1);
-    assert!(
-        store
-            .deliver_token(&checkout.session_id, &signing::sha256(b"dev_old"), ended)
-            .await
-            .unwrap()
-    );
+    let hash = signing::sha256(b"dev_old");
+    let minted = store.mint_token(&checkout.session_id, &hash, ended).await.unwrap();
+    assert_eq!(minted, Some(hash));
     let (status, error) = refusal(pool.access.approve("node-a", "dev_old", client_key(1)).await).await;
     assert_eq!(status, 402);
     assert!(error.contains("pay"), "{error}");
@@ -133,12 +132,9 @@ async fn an_approval_ends_with_the_subscription_and_the_node_is_told() {
             .unwrap()
     );
     let end = Timestamp::from_second(Timestamp::now().as_second() + 3).unwrap();
-    assert!(
-        store
-            .deliver_token(&checkout.session_id, &signing::sha256(b"dev_short"), end)
-            .await
-            .unwrap()
-    );
+    let hash = signing::sha256(b"dev_short");
+    let minted = store.mint_token(&checkout.session_id, &hash, end).await.unwrap();
+    assert_eq!(minted, Some(hash));
     let answer = pool.access.approved("node-a", "dev_short", client_key(1)).await;
     assert_eq!(answer.expires_at, Some(end));
     assert!(node.peer(client_key(1)).is_some());
@@ -153,7 +149,7 @@ async fn without_an_acknowledgement_there_is_no_approval_and_no_peer() {
     node.register().await;
     let mut events = node.open_stream().await;
     next(&mut events).await;
-    assert!(node.register().await.listed);
+    node.register_until_listed().await;
     let token = pool.access.pay("user").await;
     let (status, error) = refusal(pool.access.approve("node-a", &token, client_key(1)).await).await;
     assert_eq!(status, 503);
@@ -188,7 +184,7 @@ async fn a_peer_that_the_node_refuses_is_withdrawn() {
     node.register().await;
     let mut events = node.open_stream().await;
     next(&mut events).await;
-    node.register().await;
+    node.register_until_listed().await;
     let token = pool.access.pay("user").await;
     let asking = pool.access.approve("node-a", &token, client_key(1));
     let refusing = async {
@@ -226,7 +222,7 @@ async fn a_new_key_replaces_the_old_one_wherever_it_was() {
 }
 
 #[tokio::test]
-async fn a_renewal_keeps_the_addresses_and_raises_the_serial() {
+async fn asking_again_for_a_key_keeps_the_addresses_and_raises_the_serial() {
     let pool = TestPool::start(|_| {}).await;
     let node = serving(&pool, "node-a", 1).await;
     let token = pool.access.pay("user").await;
@@ -253,13 +249,13 @@ async fn a_renewal_keeps_the_addresses_and_raises_the_serial() {
 }
 
 #[tokio::test]
-async fn a_renewal_that_is_not_acknowledged_keeps_the_peer() {
+async fn asking_again_without_an_acknowledgement_keeps_the_peer() {
     let pool = TestPool::start(|config| config.timing.ack_timeout = Duration::from_millis(300)).await;
     let node = TestNode::new(&pool.access, "node-a", 1).await;
     node.register().await;
     let mut events = node.open_stream().await;
     next(&mut events).await;
-    node.register().await;
+    node.register_until_listed().await;
     let token = pool.access.pay("user").await;
     let answering = async {
         let added = next(&mut events).await;

@@ -12,6 +12,11 @@
 mod approvals;
 mod node;
 mod nodes;
+mod operator;
 mod payments;
+mod possession;
 mod process;
+mod reachability;
+mod renewals;
 mod support;
+mod throughput;

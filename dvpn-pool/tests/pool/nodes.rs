@@ -2,6 +2,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
+use dvpn_common::contract::Reachability;
 use serde_json::json;
 
 use crate::{
@@ -12,19 +13,24 @@ use crate::{
 const REGISTER: &str = "/providers/register";
 
 #[tokio::test]
-async fn a_node_is_listed_once_it_answers_an_echo_and_has_a_stream() {
+async fn a_node_is_listed_once_it_answers_echo_and_handshake_and_has_a_stream() {
     let pool = TestPool::start(|_| {}).await;
     let (before, first_version) = pool.access.list().await;
     assert!(before.is_empty());
     let node = TestNode::new(&pool.access, "node-a", 1).await;
     let answer = node.register().await;
     assert!(!answer.listed);
-    assert!(answer.reason.unwrap().contains("event stream"));
+    assert_eq!(answer.reachability, Some(Reachability::Untested));
     assert_eq!(answer.observed_address, Some("127.0.0.1".parse().unwrap()));
     assert_eq!(answer.pool_key, Some(pool.key));
     assert_eq!(answer.heartbeat_seconds, Some(15));
+    let answer = node.register().await;
+    assert!(!answer.listed);
+    assert_eq!(answer.reachability, Some(Reachability::Reachable));
+    assert!(answer.reason.unwrap().contains("event stream"));
     let _stream = node.open_stream().await;
-    assert!(node.register().await.listed);
+    let answer = node.register().await;
+    assert!(answer.listed && answer.reason.is_none());
     let (list, version) = pool.access.list().await;
     assert!(version > first_version);
     assert_eq!(list.len(), 1);
@@ -124,22 +130,6 @@ async fn an_id_stays_with_its_first_identity() {
 }
 
 #[tokio::test]
-async fn a_node_that_answers_no_echo_is_not_listed() {
-    let pool = TestPool::start(|_| {}).await;
-    let node = TestNode::new(&pool.access, "node-a", 1).await;
-    node.answers_echo.store(false, Ordering::SeqCst);
-    let _stream = {
-        node.register().await;
-        node.open_stream().await
-    };
-    let answer = node.register().await;
-    assert!(!answer.listed);
-    assert!(answer.reason.unwrap().contains("echo"));
-    node.answers_echo.store(true, Ordering::SeqCst);
-    assert!(node.register().await.listed);
-}
-
-#[tokio::test]
 async fn an_endpoint_elsewhere_needs_the_operator_and_gets_no_packet_before() {
     let pool = TestPool::start(|_| {}).await;
     let node = TestNode::new(&pool.access, "node-a", 1).await;
@@ -153,7 +143,14 @@ async fn an_endpoint_elsewhere_needs_the_operator_and_gets_no_packet_before() {
         answer["reason"].as_str().unwrap().contains("not the address"),
         "{answer}"
     );
-    assert_eq!(node.echoes.load(Ordering::SeqCst), 0);
+    assert_eq!(answer["reachability"], "other_address");
+    let reason = answer["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("NODE_PUBLIC_ENDPOINT") && reason.contains("127.0.0.1"),
+        "{reason}"
+    );
+    assert_eq!(node.responder.echoes.load(Ordering::SeqCst), 0);
+    assert_eq!(node.responder.initiations.load(Ordering::SeqCst), 0);
     let mut split = node.registration();
     split["probe"] = json!("127.0.0.2:9");
     assert_eq!(node.post(REGISTER, &split).await.status(), 400);
@@ -166,7 +163,7 @@ async fn without_open_registration_the_operator_decides() {
     node.register().await;
     let _stream = node.open_stream().await;
     assert!(node.register().await.reason.unwrap().contains("operator"));
-    assert_eq!(node.echoes.load(Ordering::SeqCst), 0);
+    assert_eq!(node.responder.echoes.load(Ordering::SeqCst), 0);
     let (store, id) = (pool.store().await, node.id.parse().unwrap());
     assert!(store.set_approved(&id, true).await.unwrap());
     assert!(node.register().await.listed);
@@ -289,8 +286,8 @@ async fn providers_get_networks_that_do_not_overlap() {
     let pool = TestPool::start(|_| {}).await;
     let one = TestNode::new(&pool.access, "node-a", 1).await.serve().await;
     let other = TestNode::new(&pool.access, "node-b", 2).await.serve().await;
-    assert_eq!(one.networks[0].to_string(), "10.96.0.1/20");
-    assert_eq!(other.networks[0].to_string(), "10.96.16.1/20");
+    assert_eq!(one.networks[0].to_string(), "10.96.0.1/19");
+    assert_eq!(other.networks[0].to_string(), "10.96.32.1/19");
     for (a, b) in one.networks.iter().zip(&other.networks) {
         assert!(!a.contains(b.ip()) && !b.contains(a.ip()));
     }

@@ -1,11 +1,17 @@
 //! Checkout, token, verification.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
-use dvpn_common::{contract::CheckoutState, limits::REQUIRED_WALLET};
+use dvpn_common::{
+    contract::{CheckoutResponse, CheckoutState},
+    limits::REQUIRED_WALLET,
+};
 use serde_json::json;
 
-use crate::support::{Access, TestPool, refusal};
+use crate::{
+    node::TestNode,
+    support::{Access, TestPool, client_key, refusal},
+};
 
 #[tokio::test]
 async fn a_checkout_leads_to_a_token_that_verifies() {
@@ -80,17 +86,46 @@ async fn a_user_has_one_open_checkout_and_amounts_differ() {
     );
 }
 
-#[tokio::test]
-async fn a_token_is_handed_out_once() {
-    let pool = TestPool::start(|_| {}).await;
+/// A paid checkout, and the token that twenty questions at once are answered with.
+async fn paid_checkout(pool: &TestPool) -> (CheckoutResponse, String) {
     let checkout = pool.access.start_checkout("user").await;
+    assert!(pool.access.checkout_status(&checkout).await.token.is_none());
     pool.access
         .post(&format!("/payment/dev/pay/{}", checkout.session_id), &json!({}))
         .await;
     let asked = (0..20).map(|_| pool.access.checkout_status(&checkout));
     let answers = futures::future::join_all(asked).await;
     assert!(answers.iter().all(|answer| answer.status == CheckoutState::Confirmed));
-    assert_eq!(answers.iter().filter(|answer| answer.token.is_some()).count(), 1);
+    let tokens: BTreeSet<String> = answers.into_iter().map(|answer| answer.token.unwrap()).collect();
+    assert_eq!(tokens.len(), 1, "the same token every time");
+    (checkout, tokens.into_iter().next().unwrap())
+}
+
+#[tokio::test]
+async fn a_token_is_repeated_until_it_is_verified_and_never_after() {
+    let mut pool = TestPool::start(|_| {}).await;
+    let (checkout, token) = paid_checkout(&pool).await;
+    pool.restart().await;
+    assert_eq!(
+        pool.access.checkout_status(&checkout).await.token.as_deref(),
+        Some(token.as_str()),
+        "a restart loses no payment"
+    );
+    assert!(pool.access.verify("dev_other").await.contains("\"active\":false"));
+    assert!(pool.access.checkout_status(&checkout).await.token.is_some());
+    assert!(pool.access.verify(&token).await.contains("\"active\":true"));
+    assert!(pool.access.checkout_status(&checkout).await.token.is_none());
+}
+
+#[tokio::test]
+async fn a_token_is_repeated_until_a_key_is_approved_for_it() {
+    let pool = TestPool::start(|_| {}).await;
+    let _node = TestNode::new(&pool.access, "node-a", 1).await.serve().await;
+    let (checkout, token) = paid_checkout(&pool).await;
+    assert_eq!(pool.access.approve("node-x", &token, client_key(1)).await.status(), 404);
+    assert!(pool.access.checkout_status(&checkout).await.token.is_some());
+    pool.access.approved("node-a", &token, client_key(1)).await;
+    assert!(pool.access.checkout_status(&checkout).await.token.is_none());
 }
 
 #[tokio::test]

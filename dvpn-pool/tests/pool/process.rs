@@ -72,7 +72,7 @@ async fn approvals_and_sequence_survive_a_kill() {
     node.register().await;
     let mut events = node.open_stream().await;
     next(&mut events).await;
-    let pool_key = node.register().await.pool_key;
+    let pool_key = node.register_until_listed().await.pool_key;
     let token = access.pay("user").await;
     let acknowledge = async {
         let event = next(&mut events).await;
@@ -89,7 +89,7 @@ async fn approvals_and_sequence_survive_a_kill() {
         access.listed_ids().await.is_empty(),
         "nothing is listed before it shows life"
     );
-    let node = node.at(&access);
+    node.move_to(&access);
     let mut events = node.open_stream().await;
     let Seen::Snapshot(snapshot) = next(&mut events).await else {
         panic!("a snapshot")

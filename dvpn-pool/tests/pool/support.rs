@@ -1,17 +1,25 @@
 //! A pool on a free port, its certificates, and a paying customer.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     process::Command,
+    sync::{LazyLock, Mutex},
     time::Duration,
 };
 
+use aws_lc_rs::{agreement, hmac};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{
-    contract::{ApproveResponse, CheckoutResponse, CheckoutStatus, ProviderEntry, ProviderList},
-    keys::{PublicKey, VerifyingKey},
+    contract::{
+        ApproveRequest, ApproveResponse, ChallengeResponse, CheckoutResponse, CheckoutStatus, PossessionProof,
+        ProviderEntry, ProviderList,
+    },
+    keys::{PrivateKey, PublicKey, VerifyingKey},
     limits::{REQUIRED_INTERVAL, REQUIRED_PRICE_USD, REQUIRED_WALLET},
+    possession,
 };
-use dvpn_pool::{Config, Server, Timing, serve, store::Store};
+use dvpn_pool::{Config, Limits, Server, Timing, serve, signing::sha256, store::Store};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
@@ -125,19 +133,51 @@ impl Access {
         self.checkout_status(&checkout).await.token.unwrap()
     }
 
+    pub async fn challenge(&self) -> ChallengeResponse {
+        let response = self.get("/providers/approve/challenge").await;
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["cache-control"], "no-store");
+        response.json().await.unwrap()
+    }
+
+    /// A request as an honest client makes it.
+    pub async fn approve_request(&self, provider: &str, token: &str, key: PublicKey) -> ApproveRequest {
+        let challenge = self.challenge().await.public_key;
+        ApproveRequest {
+            provider_id: provider.into(),
+            token: token.into(),
+            approved: true,
+            client_public_key: Some(key),
+            proof: Some(proof(provider, token, key, challenge)),
+            renews: None,
+        }
+    }
+
+    pub async fn send_approve(&self, request: &ApproveRequest) -> reqwest::Response {
+        self.post("/providers/approve", &serde_json::to_value(request).unwrap())
+            .await
+    }
+
     pub async fn approve(&self, provider: &str, token: &str, key: PublicKey) -> reqwest::Response {
-        let body = json!({
-            "provider_id": provider, "token": token, "approved": true, "client_public_key": key.to_string(),
-        });
-        self.post("/providers/approve", &body).await
+        self.send_approve(&self.approve_request(provider, token, key).await)
+            .await
     }
 
     /// An approval that must succeed.
     pub async fn approved(&self, provider: &str, token: &str, key: PublicKey) -> ApproveResponse {
-        let response = self.approve(provider, token, key).await;
-        let status = response.status();
-        assert_eq!(status, 200, "{}", response.text().await.unwrap());
-        response.json().await.unwrap()
+        granted(self.approve(provider, token, key).await).await
+    }
+
+    /// `key` shall follow `old`.
+    pub async fn renew(&self, provider: &str, token: &str, key: PublicKey, old: PublicKey) -> reqwest::Response {
+        let mut request = self.approve_request(provider, token, key).await;
+        request.renews = Some(old);
+        self.send_approve(&request).await
+    }
+
+    pub async fn release(&self, provider: &str, token: &str, key: PublicKey) -> reqwest::Response {
+        let body = json!({ "provider_id": provider, "token": token, "client_public_key": key.to_string() });
+        self.post("/providers/release", &body).await
     }
 
     pub async fn verify(&self, token: &str) -> String {
@@ -152,6 +192,13 @@ impl Access {
         assert_eq!(response.status(), 200);
         response.text().await.unwrap()
     }
+}
+
+/// An answer that must be an approval.
+pub async fn granted(response: reqwest::Response) -> ApproveResponse {
+    let status = response.status();
+    assert_eq!(status, 200, "{}", response.text().await.unwrap());
+    response.json().await.unwrap()
 }
 
 /// What an error answer says.
@@ -187,6 +234,7 @@ impl TestPool {
             private_endpoints: true,
             payment_url: None,
             max_connections: 4096,
+            limits: Limits::default(),
             timing: Timing::default(),
         };
         change(&mut config);
@@ -203,6 +251,20 @@ impl TestPool {
             running: Some((server, stop)),
             _directory: directory,
         }
+    }
+
+    /// The same pool again, at another port.
+    pub async fn restart(&mut self) {
+        self.stop().await;
+        self.start_again().await;
+    }
+
+    /// Starts what was stopped.
+    pub async fn start_again(&mut self) {
+        let (stop, stopped) = oneshot::channel();
+        let server = serve(self.config.clone(), async { drop(stopped.await) }).await.unwrap();
+        self.access.base = format!("https://{}", server.address());
+        self.running = Some((server, stop));
     }
 
     pub async fn stop(&mut self) {
@@ -235,9 +297,36 @@ pub async fn eventually<F: Future<Output = bool>>(mut check: impl FnMut() -> F) 
     .expect("it did not become true in time");
 }
 
+/// The private halves of the keys of this process's tests.
+static PRIVATE: LazyLock<Mutex<HashMap<PublicKey, PrivateKey>>> = LazyLock::new(Mutex::default);
+
+/// The public half of a private key, which is remembered for proofs.
+pub fn public_key(private: PrivateKey) -> PublicKey {
+    let pair = agreement::PrivateKey::from_private_key(&agreement::X25519, private.expose()).unwrap();
+    let public = pair.compute_public_key().unwrap();
+    let public = PublicKey::from_bytes(public.as_ref().try_into().unwrap()).unwrap();
+    PRIVATE.lock().unwrap().insert(public, private);
+    public
+}
+
 /// A distinct client key.
 pub fn client_key(number: u32) -> PublicKey {
     let mut bytes = [0xc1; 32];
-    bytes[..4].copy_from_slice(&number.to_be_bytes());
-    PublicKey::from_bytes(bytes).unwrap()
+    bytes[1..5].copy_from_slice(&number.to_be_bytes());
+    public_key(PrivateKey::from_bytes(bytes))
+}
+
+/// The proof that `key`'s holder makes.
+pub fn proof(provider: &str, token: &str, key: PublicKey, challenge: PublicKey) -> PossessionProof {
+    let private = PRIVATE.lock().unwrap()[&key].clone();
+    let pair = agreement::PrivateKey::from_private_key(&agreement::X25519, private.expose()).unwrap();
+    let bytes = possession::bytes(provider, &key, &challenge, &sha256(token.as_bytes()));
+    let public = agreement::UnparsedPublicKey::new(&agreement::X25519, challenge.as_bytes());
+    let mac = agreement::agree(&pair, public, (), |shared| {
+        Ok(hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, shared), &bytes))
+    });
+    PossessionProof {
+        challenge,
+        mac: STANDARD.encode(mac.unwrap()),
+    }
 }

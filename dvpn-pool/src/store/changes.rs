@@ -1,0 +1,517 @@
+//! The changes of a node's peers that clients ask for, many of them in one transaction: [`crate::ledger`] commits them
+//! together, so that the disk is waited for once a batch. Every change of a node's peers raises its sequence number in
+//! the same transaction, so the number grows across restarts and never stands for two states.
+
+use dvpn_common::{ids::ProviderId, keys::PublicKey};
+use jiff::Timestamp;
+use sqlx::{FromRow, Sqlite, Transaction};
+
+use super::{Error, Node, Store, TokenHash, commit, public_key, query};
+use crate::network::{FIRST_HOST, HOSTS};
+
+/// Keys one token holds at most: the one in use and the one that follows it.
+const KEYS_PER_TOKEN: usize = 2;
+
+/// What an approval is asked for.
+#[derive(Debug, Clone)]
+pub struct NewApproval {
+    /// Whose.
+    pub token: TokenHash,
+    /// At which node.
+    pub node: Node,
+    /// The key to admit.
+    pub client_key: PublicKey,
+    /// The key whose addresses it takes over.
+    pub renews: Option<PublicKey>,
+    /// The present.
+    pub now: Timestamp,
+    /// When it ends.
+    pub expires_at: Timestamp,
+}
+
+/// A stored approval.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApprovalRow {
+    /// Its serial.
+    pub serial: u64,
+    /// The node's sequence number that tells of it.
+    pub sequence: u64,
+    /// Which host of the node's networks the client is.
+    pub host: u32,
+    /// The signed bytes.
+    pub approval: Vec<u8>,
+    /// The signature over them.
+    pub signature: [u8; 64],
+    /// The key whose addresses it takes over.
+    pub renews: Option<PublicKey>,
+    /// True if this very key was a peer of this node under this token already.
+    pub again: bool,
+    /// Whether the token had other keys, which go or are superseded with the acknowledgement.
+    pub others: bool,
+    /// Keys of the token that had to go at once, before this one came.
+    pub removed: Vec<Removed>,
+}
+
+/// What became of a request for approval.
+#[derive(Debug)]
+pub enum ApproveOutcome {
+    /// Stored, not yet acknowledged.
+    Stored(ApprovalRow),
+    /// The key belongs to another token.
+    KeyTaken,
+    /// Every address of the node, or every place that its owner gives, is taken.
+    NodeFull,
+    /// The node takes no new clients.
+    NodeDraining,
+    /// `renews` is no live approval of this token at this node.
+    NothingToRenew,
+    /// Another renewal of this connection is not over yet.
+    RenewalPending,
+    /// The key itself was renewed by another one.
+    Superseded,
+}
+
+/// A peer that went from a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Removed {
+    /// From which node.
+    pub node: ProviderId,
+    /// The sequence number that tells of it.
+    pub sequence: u64,
+    /// Whose peer.
+    pub client_key: PublicKey,
+}
+
+/// An acknowledgement to be stored.
+#[derive(Debug, Clone)]
+pub struct Acknowledgement {
+    /// Whose approval.
+    pub token: TokenHash,
+    /// Which.
+    pub serial: u64,
+    /// The key it renews, which goes at this time; every other key of the token goes at once.
+    pub supersedes: Option<(PublicKey, Timestamp)>,
+    /// Whether there are other keys at all.
+    pub others: bool,
+    /// Whether this is the first use of the token.
+    pub first_use: bool,
+}
+
+/// What became of a release.
+#[derive(Debug, PartialEq, Eq)]
+pub enum ReleaseOutcome {
+    /// Released now; the sequence number tells of it.
+    Released(u64),
+    /// It had been renewed, so it is gone.
+    Removed(Removed),
+    /// There was nothing to release (any more).
+    Nothing,
+    /// The key belongs to another token.
+    Foreign,
+}
+
+#[derive(FromRow)]
+pub(super) struct OwnerRow {
+    pub(super) serial: i64,
+    pub(super) node_id: String,
+    pub(super) client_key: Vec<u8>,
+}
+
+#[derive(Clone, FromRow)]
+struct Held {
+    serial: i64,
+    node_id: String,
+    client_key: Vec<u8>,
+    host: i64,
+    ours: bool,
+    live: bool,
+    acknowledged: bool,
+    renews: Option<Vec<u8>>,
+    superseded: bool,
+}
+
+#[derive(FromRow)]
+struct Room {
+    last_host: i64,
+    peers: i64,
+    taken: bool,
+}
+
+/// A transaction under way.
+pub struct Batch(Transaction<'static, Sqlite>);
+
+impl Store {
+    /// Begins a batch of changes. Dropped without [`Batch::commit`] it changes nothing.
+    pub async fn batch(&self) -> Result<Batch, Error> {
+        self.begin().await.map(Batch)
+    }
+}
+
+impl Batch {
+    /// Puts everything on the disk.
+    pub async fn commit(self) -> Result<(), Error> {
+        commit(self.0).await
+    }
+
+    /// Stores an approval with its serial, its address and the node's next sequence number. `sign` makes the bytes and
+    /// their signature from the serial and the host number.
+    pub async fn approve(
+        &mut self,
+        wanted: &NewApproval,
+        sign: impl FnOnce(u64, u32) -> (Vec<u8>, [u8; 64]),
+    ) -> Result<ApproveOutcome, Error> {
+        let held = self.held(wanted).await?;
+        let plan = match plan(&held, wanted) {
+            Ok(plan) => plan,
+            Err(refused) => return Ok(refused),
+        };
+        // Every refusal comes before the first change: the batch goes on without this one.
+        let node = wanted.node.id.as_str();
+        let host = match plan.host {
+            Some(host) => u32::try_from(host).ok().ok_or(Error::Corrupt("host number"))?,
+            None if wanted.node.draining => return Ok(ApproveOutcome::NodeDraining),
+            None => match self.free_host(&wanted.node, plan.ours_here).await? {
+                Some(host) => host,
+                None => return Ok(ApproveOutcome::NodeFull),
+            },
+        };
+        let removed = remove(&mut self.0, plan.evicted.into_iter().map(Held::owner).collect()).await?;
+        if let Some(before) = plan.replaced {
+            sqlx::query("DELETE FROM approval WHERE serial = ?")
+                .bind(before)
+                .execute(&mut *self.0)
+                .await
+                .map_err(query("replace an approval"))?;
+        }
+        let serial: i64 =
+            sqlx::query_scalar("UPDATE counter SET value = value + 1 WHERE name = 'serial' RETURNING value")
+                .fetch_one(&mut *self.0)
+                .await
+                .map_err(query("count an approval"))?;
+        let serial_number = u64::try_from(serial).ok().ok_or(Error::Corrupt("serial"))?;
+        let (approval, signature) = sign(serial_number, host);
+        sqlx::query(
+            "INSERT INTO approval \
+             (serial, token_hash, node_id, client_key, host, expires_at, approval, signature, renews, acknowledged) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        )
+        .bind(serial)
+        .bind(wanted.token.as_slice())
+        .bind(node)
+        .bind(wanted.client_key.as_bytes().as_slice())
+        .bind(i64::from(host))
+        .bind(wanted.expires_at.as_second())
+        .bind(approval.as_slice())
+        .bind(signature.as_slice())
+        .bind(plan.renews.as_ref().map(|key| key.as_bytes().as_slice()))
+        .bind(plan.acknowledged)
+        .execute(&mut *self.0)
+        .await
+        .map_err(query("store an approval"))?;
+        let sequence: i64 = sqlx::query_scalar(
+            "UPDATE node SET sequence = sequence + 1, last_host = CASE WHEN ?1 THEN ?2 ELSE last_host END \
+             WHERE id = ?3 RETURNING sequence",
+        )
+        .bind(plan.host.is_none())
+        .bind(i64::from(host))
+        .bind(node)
+        .fetch_one(&mut *self.0)
+        .await
+        .map_err(query("raise a sequence number"))?;
+        Ok(ApproveOutcome::Stored(ApprovalRow {
+            serial: serial_number,
+            sequence: u64::try_from(sequence).ok().ok_or(Error::Corrupt("sequence number"))?,
+            host,
+            approval,
+            signature,
+            renews: plan.renews,
+            again: plan.replaced.is_some() && plan.host.is_some(),
+            others: plan.others,
+            removed,
+        }))
+    }
+
+    /// The keys of the token, and whoever else has this key.
+    async fn held(&mut self, wanted: &NewApproval) -> Result<Vec<Held>, Error> {
+        sqlx::query_as(
+            "SELECT serial, node_id, client_key, host, token_hash = ?1 AS ours, expires_at > ?2 AS live, acknowledged, \
+             renews, remove_at IS NOT NULL AS superseded \
+             FROM approval WHERE client_key = ?3 OR token_hash = ?1 ORDER BY serial",
+        )
+        .bind(wanted.token.as_slice())
+        .bind(wanted.now.as_second())
+        .bind(wanted.client_key.as_bytes().as_slice())
+        .fetch_all(&mut *self.0)
+        .await
+        .map_err(query("read the approvals of a token"))
+    }
+
+    /// The next free host after the last one given, wrapping: an address rests as long as possible, because the
+    /// provider's connection tracking may still hold flows of its previous owner. `ours` clients of the node are the
+    /// asking token's own and make room for it.
+    async fn free_host(&mut self, node: &Node, ours: i64) -> Result<Option<u32>, Error> {
+        let room: Room = sqlx::query_as(
+            "SELECT last_host, peers, EXISTS (SELECT 1 FROM approval WHERE node_id = node.id AND renews IS NULL \
+             AND host = ?2 + (last_host - ?2 + 1) % ?3) AS taken FROM node WHERE id = ?1",
+        )
+        .bind(node.id.as_str())
+        .bind(i64::from(FIRST_HOST))
+        .bind(i64::from(HOSTS))
+        .fetch_one(&mut *self.0)
+        .await
+        .map_err(query("read the room of a node"))?;
+        let others = room.peers.saturating_sub(ours);
+        if others >= i64::from(node.max_peers.unwrap_or(HOSTS).min(HOSTS)) || room.peers >= i64::from(HOSTS) {
+            return Ok(None);
+        }
+        let last = u32::try_from(room.last_host)
+            .ok()
+            .ok_or(Error::Corrupt("host number"))?;
+        let next = FIRST_HOST + (last.saturating_sub(FIRST_HOST) + 1) % HOSTS;
+        if !room.taken {
+            return Ok(Some(next));
+        }
+        // After a run of used hosts: its end, first above the last one given, then from the beginning.
+        for from in [next, FIRST_HOST] {
+            let gap: Option<i64> = sqlx::query_scalar(
+                "SELECT host + 1 FROM approval AS used WHERE node_id = ?1 AND renews IS NULL AND host >= ?2 AND host < ?3 \
+                 AND NOT EXISTS (SELECT 1 FROM approval WHERE node_id = ?1 AND renews IS NULL AND host = used.host + 1) \
+                 ORDER BY host LIMIT 1",
+            )
+            .bind(node.id.as_str())
+            .bind(i64::from(from))
+            .bind(i64::from(FIRST_HOST + HOSTS - 1))
+            .fetch_optional(&mut *self.0)
+            .await
+            .map_err(query("look for a free address"))?;
+            if let Some(host) = gap {
+                return u32::try_from(host).map(Some).ok().ok_or(Error::Corrupt("host number"));
+            }
+            let first: Option<i64> =
+                sqlx::query_scalar("SELECT 1 FROM approval WHERE node_id = ? AND renews IS NULL AND host = ?")
+                    .bind(node.id.as_str())
+                    .bind(i64::from(FIRST_HOST))
+                    .fetch_optional(&mut *self.0)
+                    .await
+                    .map_err(query("look for a free address"))?;
+            if first.is_none() {
+                return Ok(Some(FIRST_HOST));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Marks an approval as acknowledged by its node, and ends the other approvals of its token: the one it renews in
+    /// a while, the others now. Nothing if the approval went meanwhile.
+    pub async fn acknowledge(&mut self, done: &Acknowledgement) -> Result<Option<Vec<Removed>>, Error> {
+        let serial = number(done.serial)?;
+        let marked = sqlx::query("UPDATE approval SET acknowledged = 1 WHERE serial = ?")
+            .bind(serial)
+            .execute(&mut *self.0)
+            .await
+            .map_err(query("acknowledge an approval"))?;
+        if marked.rows_affected() == 0 {
+            return Ok(None);
+        }
+        if done.first_use {
+            sqlx::query("UPDATE token SET used = 1 WHERE hash = ?")
+                .bind(done.token.as_slice())
+                .execute(&mut *self.0)
+                .await
+                .map_err(query("mark a token as used"))?;
+        }
+        if !done.others {
+            return Ok(Some(Vec::new()));
+        }
+        let mut others: Vec<OwnerRow> = sqlx::query_as(
+            "SELECT serial, node_id, client_key FROM approval WHERE token_hash = ? AND serial <> ? ORDER BY serial",
+        )
+        .bind(done.token.as_slice())
+        .bind(serial)
+        .fetch_all(&mut *self.0)
+        .await
+        .map_err(query("read the approvals of a token"))?;
+        if let Some((key, until)) = &done.supersedes
+            && let Some(at) = others.iter().position(|row| row.client_key == key.as_bytes())
+        {
+            let renewed = others.swap_remove(at);
+            sqlx::query("UPDATE approval SET remove_at = ? WHERE serial = ? AND remove_at IS NULL")
+                .bind(until.as_second())
+                .bind(renewed.serial)
+                .execute(&mut *self.0)
+                .await
+                .map_err(query("supersede an approval"))?;
+        }
+        remove(&mut self.0, others).await.map(Some)
+    }
+
+    /// Takes one approval back.
+    pub async fn withdraw(&mut self, serial: u64) -> Result<Vec<Removed>, Error> {
+        let rows = sqlx::query_as("SELECT serial, node_id, client_key FROM approval WHERE serial = ?")
+            .bind(number(serial)?)
+            .fetch_all(&mut *self.0)
+            .await
+            .map_err(query("read an approval"))?;
+        remove(&mut self.0, rows).await
+    }
+
+    /// Marks one key's connection as over.
+    pub async fn release(&mut self, node: &str, key: &PublicKey, token: &TokenHash) -> Result<ReleaseOutcome, Error> {
+        let row: Option<(i64, bool, bool, bool)> = sqlx::query_as(
+            "SELECT serial, token_hash = ?, remove_at IS NOT NULL, released FROM approval \
+             WHERE node_id = ? AND client_key = ?",
+        )
+        .bind(token.as_slice())
+        .bind(node)
+        .bind(key.as_bytes().as_slice())
+        .fetch_optional(&mut *self.0)
+        .await
+        .map_err(query("look a client key up"))?;
+        match row {
+            None | Some((_, true, false, true)) => Ok(ReleaseOutcome::Nothing),
+            Some((_, false, ..)) => Ok(ReleaseOutcome::Foreign),
+            Some((serial, true, true, _)) => {
+                let owner = OwnerRow {
+                    serial,
+                    node_id: node.to_owned(),
+                    client_key: key.as_bytes().to_vec(),
+                };
+                let removed = remove(&mut self.0, vec![owner]).await?;
+                Ok(removed
+                    .into_iter()
+                    .next()
+                    .map_or(ReleaseOutcome::Nothing, ReleaseOutcome::Removed))
+            }
+            Some((serial, true, false, false)) => {
+                sqlx::query("UPDATE approval SET released = 1 WHERE serial = ?")
+                    .bind(serial)
+                    .execute(&mut *self.0)
+                    .await
+                    .map_err(query("release an approval"))?;
+                next_sequence(&mut self.0, node).await.map(ReleaseOutcome::Released)
+            }
+        }
+    }
+}
+
+/// What a new approval does to those there are.
+struct Plan {
+    /// The serial of the row it replaces: this very key's.
+    replaced: Option<i64>,
+    /// The host it inherits.
+    host: Option<i64>,
+    renews: Option<PublicKey>,
+    evicted: Vec<Held>,
+    others: bool,
+    /// Clients of the node that are the token's own.
+    ours_here: i64,
+    /// Whether the node has this very key already: a renewal that fails leaves it as it was.
+    acknowledged: bool,
+}
+
+impl Held {
+    fn owner(self) -> OwnerRow {
+        OwnerRow {
+            serial: self.serial,
+            node_id: self.node_id,
+            client_key: self.client_key,
+        }
+    }
+}
+
+/// The rules of one key, one token; a refusal if they do not allow it.
+fn plan(held: &[Held], wanted: &NewApproval) -> Result<Plan, ApproveOutcome> {
+    let (node, key) = (wanted.node.id.as_str(), wanted.client_key.as_bytes().as_slice());
+    if held.iter().any(|row| !row.ours && row.live && row.client_key == key) {
+        return Err(ApproveOutcome::KeyTaken);
+    }
+    let here = held.iter().find(|row| row.node_id == node && row.client_key == key);
+    if here.is_some_and(|row| row.ours && row.superseded) {
+        return Err(ApproveOutcome::Superseded);
+    }
+    let again = here.filter(|row| row.ours && row.live);
+    let renewed_by_this = again.and_then(|row| row.renews.as_deref());
+    let (mut renews, mut host) = (None, again.map(|row| row.host));
+    if let Some(before) = renewed_by_this {
+        renews = <[u8; 32]>::try_from(before)
+            .ok()
+            .and_then(|raw| PublicKey::from_bytes(raw).ok());
+    }
+    if let Some(old) = wanted.renews
+        && renews != Some(old)
+    {
+        let old_row = held
+            .iter()
+            .find(|row| row.ours && row.live && row.node_id == node && row.client_key == old.as_bytes());
+        match old_row {
+            // A key that is a peer already has addresses of its own and takes over none.
+            Some(row) if row.acknowledged && again.is_none() => {
+                let pending = held
+                    .iter()
+                    .any(|other| other.ours && other.live && (other.superseded || other.renews.is_some()));
+                if pending {
+                    return Err(ApproveOutcome::RenewalPending);
+                }
+                (renews, host) = (Some(old), Some(row.host));
+            }
+            Some(_) | None => return Err(ApproveOutcome::NothingToRenew),
+        }
+    }
+    // The new key is one more: the oldest go until there is room for it. What it renews stays.
+    let mut others: Vec<&Held> = held
+        .iter()
+        .filter(|row| row.ours && row.serial != here.map_or(0, |here| here.serial))
+        .collect();
+    let kept = |row: &Held| renews.is_some_and(|old| row.node_id == node && row.client_key == old.as_bytes());
+    others.sort_by_key(|row| (kept(row), !row.superseded, row.serial));
+    let excess = (others.len() + 1).saturating_sub(KEYS_PER_TOKEN);
+    let (evicted, stay) = others.split_at_checked(excess).unwrap_or((&[], &others));
+    Ok(Plan {
+        replaced: here.map(|row| row.serial),
+        host,
+        renews,
+        ours_here: i64::try_from(
+            others
+                .iter()
+                .filter(|row| row.node_id == node && row.renews.is_none())
+                .count(),
+        )
+        .unwrap_or(0),
+        acknowledged: again.is_some_and(|row| row.acknowledged),
+        others: !stay.is_empty(),
+        evicted: evicted.iter().map(|row| (*row).clone()).collect(),
+    })
+}
+
+pub(super) async fn remove(
+    change: &mut Transaction<'static, Sqlite>,
+    rows: Vec<OwnerRow>,
+) -> Result<Vec<Removed>, Error> {
+    let mut removed = Vec::with_capacity(rows.len());
+    for row in rows {
+        sqlx::query("DELETE FROM approval WHERE serial = ?")
+            .bind(row.serial)
+            .execute(&mut **change)
+            .await
+            .map_err(query("remove an approval"))?;
+        removed.push(Removed {
+            sequence: next_sequence(change, &row.node_id).await?,
+            node: row.node_id.parse().ok().ok_or(Error::Corrupt("node id"))?,
+            client_key: public_key(&row.client_key, "client key")?,
+        });
+    }
+    Ok(removed)
+}
+
+async fn next_sequence(change: &mut Transaction<'static, Sqlite>, node: &str) -> Result<u64, Error> {
+    let sequence: i64 = sqlx::query_scalar("UPDATE node SET sequence = sequence + 1 WHERE id = ? RETURNING sequence")
+        .bind(node)
+        .fetch_one(&mut **change)
+        .await
+        .map_err(query("raise a sequence number"))?;
+    u64::try_from(sequence).ok().ok_or(Error::Corrupt("sequence number"))
+}
+
+fn number(serial: u64) -> Result<i64, Error> {
+    i64::try_from(serial).ok().ok_or(Error::Corrupt("serial"))
+}

@@ -28,7 +28,7 @@ const BATCH: usize = 256;
 
 /// What to change.
 enum Change {
-    Approve(NewApproval),
+    Approve(Box<NewApproval>),
     Acknowledge(Acknowledgement),
     Withdraw(u64),
     Release(Release),
@@ -80,7 +80,7 @@ impl Ledger {
         &self,
         wanted: NewApproval,
     ) -> Result<(ApproveOutcome, Option<oneshot::Receiver<AckResult>>), Refusal> {
-        match self.hand_in(Change::Approve(wanted)).await? {
+        match self.hand_in(Change::Approve(Box::new(wanted))).await? {
             Told::Approve(outcome, answer) => Ok((outcome, answer)),
             Told::Acknowledge(_) | Told::Withdraw | Told::Release(_) => Err(stopping()),
         }

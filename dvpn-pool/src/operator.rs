@@ -29,16 +29,15 @@ pub(crate) async fn revoke(options: Options, which: Revoke) -> ExitCode {
         Err(error) => return fail(&with_causes(&error), 1),
     };
     let now = Timestamp::now();
-    let done = match &which.checkout {
-        Some(checkout) => store.revoke_checkout(checkout, &which.reason, now).await,
-        None => {
-            let mut token = Zeroizing::new(String::new());
-            if let Err(error) = std::io::stdin().take(MAX_TOKEN_BYTES).read_to_string(&mut token) {
-                return fail(&format!("the token cannot be read from standard input: {error}"), 1);
-            }
-            let hash = sha256(token.trim().as_bytes());
-            store.revoke_token(&hash, &which.reason, now).await
+    let done = if let Some(checkout) = &which.checkout {
+        store.revoke_checkout(checkout, &which.reason, now).await
+    } else {
+        let mut token = Zeroizing::new(String::new());
+        if let Err(error) = std::io::stdin().take(MAX_TOKEN_BYTES).read_to_string(&mut token) {
+            return fail(&format!("the token cannot be read from standard input: {error}"), 1);
         }
+        let hash = sha256(token.trim().as_bytes());
+        store.revoke_token(&hash, &which.reason, now).await
     };
     store.close().await;
     match done {

@@ -204,7 +204,7 @@ fn stored(
     outcome: (ApproveOutcome, Option<oneshot::Receiver<AckResult>>),
 ) -> Result<(ApprovalRow, oneshot::Receiver<AckResult>), Refusal> {
     let refusal = match outcome {
-        (ApproveOutcome::Stored(row), Some(answer)) => return Ok((row, answer)),
+        (ApproveOutcome::Stored(row), Some(answer)) => return Ok((*row, answer)),
         (ApproveOutcome::Stored(_), None) => Refusal::unavailable("the approval was interrupted; try again"),
         (ApproveOutcome::KeyTaken, _) => {
             Refusal::conflict("this WireGuard key is approved for another token: make a fresh one")

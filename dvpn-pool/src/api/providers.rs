@@ -146,13 +146,13 @@ async fn registered(pool: &Arc<Pool>, request: Incoming) -> Result<RegisterRespo
         pool.replays.admit(&claim, now.as_second())?;
     }
     // A node that has only just been told of the prober's key can answer no handshake before this answer.
-    let waited = if pool.live.told_prober(&node.id) {
+    let patience = if pool.live.told_prober(&node.id) {
         CHECK_WAIT
     } else {
         Duration::ZERO
     };
     if let Some(mut checked) = start_check(pool, &node.id) {
-        drop(tokio::time::timeout(waited, checked.changed()).await);
+        drop(tokio::time::timeout(patience, checked.changed()).await);
     }
     let reason = pool.live.obstacle(&node.id, Instant::now());
     let signer = pool.signer();

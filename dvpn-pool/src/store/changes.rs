@@ -56,7 +56,7 @@ pub struct ApprovalRow {
 #[derive(Debug)]
 pub enum ApproveOutcome {
     /// Stored, not yet acknowledged.
-    Stored(ApprovalRow),
+    Stored(Box<ApprovalRow>),
     /// The key belongs to another token.
     KeyTaken,
     /// Every address of the node, or every place that its owner gives, is taken.
@@ -118,6 +118,7 @@ pub(super) struct OwnerRow {
 }
 
 #[derive(Clone, FromRow)]
+#[expect(clippy::struct_excessive_bools, reason = "columns of one row")]
 struct Held {
     serial: i64,
     node_id: String,
@@ -218,7 +219,7 @@ impl Batch {
         .fetch_one(&mut *self.0)
         .await
         .map_err(query("raise a sequence number"))?;
-        Ok(ApproveOutcome::Stored(ApprovalRow {
+        Ok(ApproveOutcome::Stored(Box::new(ApprovalRow {
             serial: serial_number,
             sequence: u64::try_from(sequence).ok().ok_or(Error::Corrupt("sequence number"))?,
             host,
@@ -228,7 +229,7 @@ impl Batch {
             again: plan.replaced.is_some() && plan.host.is_some(),
             others: plan.others,
             removed,
-        }))
+        })))
     }
 
     /// The keys of the token, and whoever else has this key.

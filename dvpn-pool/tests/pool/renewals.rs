@@ -16,7 +16,7 @@ async fn serving(pool: &TestPool, id: &str, number: u8) -> ServingNode {
 async fn snapshot(node: &TestNode) -> Snapshot {
     match next(&mut node.open_stream().await).await {
         Seen::Snapshot(snapshot) => snapshot,
-        other => panic!("a snapshot, not {other:?}"),
+        other @ (Seen::Add(_) | Seen::Remove(_) | Seen::Release(_)) => panic!("a snapshot, not {other:?}"),
     }
 }
 

@@ -6,11 +6,7 @@ use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 use sqlx::{FromRow, Sqlite, Transaction};
 
-use super::{
-    Error, Node, Removed, Store,
-    changes::{OwnerRow, remove},
-    commit, public_key, query, timestamp,
-};
+use super::{Error, Node, Removed, Store, changes::remove, commit, plan::OwnerRow, public_key, query, timestamp};
 
 #[derive(FromRow)]
 struct PeerRow {

@@ -4,6 +4,7 @@ mod approvals;
 mod changes;
 mod checkouts;
 mod nodes;
+mod plan;
 mod rotations;
 mod tokens;
 
@@ -23,9 +24,10 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-pub use changes::{Acknowledgement, ApprovalRow, ApproveOutcome, Batch, NewApproval, ReleaseOutcome, Removed};
+pub use changes::Batch;
 pub use checkouts::{CheckoutRow, OpenOutcome};
 pub use nodes::{Node, RegisterOutcome};
+pub use plan::{Acknowledgement, ApprovalRow, ApproveOutcome, NewApproval, ReleaseOutcome, Removed};
 pub use tokens::Token;
 
 /// SHA-256 of a token: the only form in which one is stored.

@@ -279,3 +279,39 @@ async fn the_speed_test_sends_and_swallows_what_is_asked() {
     assert_eq!(refusal(pool.access.get("/speed?bytes=200000001").await).await.0, 400);
     assert_eq!(refusal(pool.access.get("/speed?bytes=-1").await).await.0, 400);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_speed_test_that_is_not_read_is_cut_and_gives_its_slot_back() {
+    let pool = TestPool::start(|config| {
+        config.limits.speed_tests = 1;
+        config.timing.speed_test = std::time::Duration::from_secs(1);
+    })
+    .await;
+    let stalled = pool.access.get("/speed?bytes=200000000").await;
+    assert_eq!(stalled.status(), 200);
+    let (status, error) = refusal(pool.access.get("/speed?bytes=1").await).await;
+    assert_eq!(status, 503, "{error}");
+    crate::support::eventually(|| async { pool.access.get("/speed?bytes=1").await.status() == 200 }).await;
+    assert!(stalled.bytes().await.is_err(), "its connection was cut");
+}
+
+#[test]
+fn every_limit_of_a_source_can_be_set() {
+    let output = Command::new(env!("CARGO_BIN_EXE_dvpn-pool"))
+        .args(["serve", "--help"])
+        .env_clear()
+        .output()
+        .unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    for name in [
+        "connections",
+        "failures",
+        "approvals",
+        "nodes",
+        "checkouts",
+        "checks",
+        "speed-tests",
+    ] {
+        assert!(help.contains(&format!("--limit-{name}")), "{name} in {help}");
+    }
+}

@@ -20,12 +20,13 @@ use tokio::{
     time::timeout,
 };
 
+mod question;
+
+use question::{Asked, MAX_UDP_BYTES};
+
 use super::limiter::{Limiter, Rate};
 
 const PORT: u16 = 53;
-const HEADER_BYTES: usize = 12;
-/// Larger questions and UDP answers are nobody's.
-const MAX_UDP_BYTES: usize = 4096;
 const MAX_QUESTIONS: usize = 512;
 const MAX_CONNECTIONS: usize = 128;
 const MAX_CONNECTIONS_EACH: usize = 8;
@@ -193,7 +194,7 @@ impl Shared {
 
     /// Asks each resolver in turn; nothing if none answers in time or the question is none.
     async fn ask_udp(&self, question: &[u8]) -> Option<Vec<u8>> {
-        let asked = Asked::new(question)?;
+        let asked = Asked::new(question, rand::random())?;
         for resolver in &self.resolvers {
             if let Ok(Ok(answer)) = timeout(ANSWER_WITHIN, asked.over_udp(*resolver)).await {
                 return Some(asked.restore(answer));
@@ -205,7 +206,7 @@ impl Shared {
     async fn relay_tcp(&self, mut client: TcpStream, address: IpAddr) -> io::Result<()> {
         loop {
             let question = timeout(IDLE, read_message(&mut client)).await??;
-            let asked = Asked::new(&question).ok_or(io::ErrorKind::InvalidData)?;
+            let asked = Asked::new(&question, rand::random()).ok_or(io::ErrorKind::InvalidData)?;
             let _permit = self.admit_question(address).ok_or(io::ErrorKind::QuotaExceeded)?;
             let mut answer = None;
             for resolver in &self.resolvers {
@@ -220,55 +221,7 @@ impl Shared {
     }
 }
 
-/// A question on its way, under an id of our own.
-struct Asked {
-    packet: Vec<u8>,
-    client_id: [u8; 2],
-}
-
 impl Asked {
-    /// Takes a query (RFC 1035, section 4.1.1): one question, not an answer.
-    fn new(question: &[u8]) -> Option<Self> {
-        let [i0, i1, flags, _, 0, 1, ..] = *question.first_chunk::<HEADER_BYTES>()? else {
-            return None;
-        };
-        if flags & 0x80 != 0 || question.len() > MAX_UDP_BYTES {
-            return None;
-        }
-        question_end(question)?;
-        let mut packet = question.to_vec();
-        packet.get_mut(..2)?.copy_from_slice(&rand::random::<[u8; 2]>());
-        Some(Self {
-            packet,
-            client_id: [i0, i1],
-        })
-    }
-
-    fn is_answered_by(&self, answer: &[u8]) -> bool {
-        let Some(end) = question_end(&self.packet) else {
-            return false;
-        };
-        let same = |range: std::ops::Range<usize>| self.packet.get(range.clone()) == answer.get(range);
-        same(0..2)
-            && answer.get(2).is_some_and(|flags| flags & 0x80 != 0)
-            && question_end(answer) == Some(end)
-            && self
-                .packet
-                .get(HEADER_BYTES..end)
-                .zip(answer.get(HEADER_BYTES..end))
-                .is_some_and(|(asked, answered)| {
-                    // Resolvers may answer in another case than was asked in.
-                    asked.eq_ignore_ascii_case(answered)
-                })
-    }
-
-    fn restore(&self, mut answer: Vec<u8>) -> Vec<u8> {
-        if let Some(id) = answer.get_mut(..2) {
-            id.copy_from_slice(&self.client_id);
-        }
-        answer
-    }
-
     async fn over_udp(&self, resolver: SocketAddr) -> io::Result<Vec<u8>> {
         let any: IpAddr = if resolver.is_ipv4() {
             Ipv4Addr::UNSPECIFIED.into()
@@ -299,22 +252,6 @@ impl Asked {
     }
 }
 
-/// Where the first question ends; nothing if there is none.
-fn question_end(packet: &[u8]) -> Option<usize> {
-    let mut at = HEADER_BYTES;
-    loop {
-        let length = *packet.get(at)?;
-        at += 1 + usize::from(length);
-        match length {
-            0 => break,
-            1..=63 => {}
-            _ => return None,
-        }
-    }
-    let end = at + 4;
-    (packet.len() >= end).then_some(end)
-}
-
 async fn read_message(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     let length = stream.read_u16().await?;
     let mut message = vec![0; usize::from(length)];
@@ -331,46 +268,11 @@ async fn write_message(stream: &mut TcpStream, message: &[u8]) -> io::Result<()>
 mod tests {
     use super::*;
 
-    /// `example.` type A, with recursion desired.
-    const QUESTION: &[u8] = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x07example\x00\x00\x01\x00\x01";
-
     #[test]
     fn resolv_conf_names_up_to_three_resolvers() {
         let text = "# nameserver 192.0.2.9\nsearch lan\nnameserver 192.0.2.1\nnameserver 2001:db8::1 \nnameserver x\n\
                     nameserver 192.0.2.2\nnameserver 192.0.2.3\n";
         let found: Vec<String> = parse_resolv_conf(text).iter().map(ToString::to_string).collect();
         assert_eq!(found, ["192.0.2.1:53", "[2001:db8::1]:53", "192.0.2.2:53"]);
-    }
-
-    #[test]
-    fn only_the_answer_to_the_question_asked_is_taken() {
-        let asked = Asked::new(QUESTION).unwrap();
-        let mut answer = asked.packet.clone();
-        assert!(!asked.is_answered_by(&answer), "the question is no answer");
-        answer[2] |= 0x80;
-        assert!(asked.is_answered_by(&answer));
-        assert_eq!(asked.restore(answer.clone())[..2], [0x12, 0x34]);
-        let mut other_name = answer.clone();
-        other_name[14] = b'y';
-        assert!(!asked.is_answered_by(&other_name));
-        let mut other_id = answer.clone();
-        other_id[0] ^= 1;
-        assert!(!asked.is_answered_by(&other_id));
-        for length in 0..answer.len() {
-            assert!(!asked.is_answered_by(&answer[..length]));
-        }
-    }
-
-    #[test]
-    fn what_is_no_question_is_not_forwarded() {
-        for length in 0..QUESTION.len() {
-            assert!(Asked::new(&QUESTION[..length]).is_none(), "{length}");
-        }
-        let mut answer = QUESTION.to_vec();
-        answer[2] |= 0x80;
-        assert!(Asked::new(&answer).is_none());
-        let mut pointer = QUESTION.to_vec();
-        pointer[12] = 0xc0;
-        assert!(Asked::new(&pointer).is_none());
     }
 }

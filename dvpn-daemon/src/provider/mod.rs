@@ -6,6 +6,7 @@
 mod admission;
 mod dns;
 mod echo;
+mod events;
 mod identity;
 mod limiter;
 mod network;

@@ -1,28 +1,22 @@
 //! The node's side of the pool: registration, the event stream, acknowledgements. Every request is signed.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use dvpn_common::{
-    contract::{
-        Ack, ErrorBody, NODES_PATH, PeerAdded, PeerRemoved, REGISTER_PATH, RegisterRequest, RegisterResponse, Snapshot,
-        event,
-    },
+    contract::{Ack, ErrorBody, NODES_PATH, REGISTER_PATH, RegisterRequest, RegisterResponse},
     limits::{MAX_BODY_BYTES, MAX_LIST_BYTES, STREAM_PING},
 };
-use eventsource_stream::{Event, Eventsource as _};
-use futures::Stream;
+use futures::{Stream, StreamExt as _, stream};
 use jiff::Timestamp;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url, header};
 use serde::de::DeserializeOwned;
 use tokio_stream::StreamExt as _;
 
-use super::Identity;
+pub(super) use super::events::PoolEvent;
+use super::{
+    Identity,
+    events::{self, Decoder, Numbered},
+};
 
 /// For one request with a short answer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,17 +67,6 @@ pub enum Error {
     Ended(&'static str),
 }
 
-/// What the pool tells a node.
-#[derive(Debug)]
-pub(super) enum PoolEvent {
-    /// All there is.
-    Snapshot(Snapshot),
-    /// One client more.
-    Added(PeerAdded),
-    /// One client less.
-    Removed(PeerRemoved),
-}
-
 /// The pool, as this node asks it. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Pool {
@@ -125,7 +108,7 @@ impl Pool {
     pub(super) async fn events(
         &self,
         last_id: Option<&str>,
-    ) -> Result<impl Stream<Item = Result<(String, PoolEvent), Error>> + Unpin + use<>, Error> {
+    ) -> Result<impl Stream<Item = Result<Numbered, Error>> + Unpin + use<>, Error> {
         let url = self.url(&[NODES_PATH, self.identity.node().as_str(), "events"]);
         let mut request = self.signed(Method::GET, &url, &[]).timeout(STREAM_LIFE);
         request = request.header(header::ACCEPT, "text/event-stream");
@@ -136,35 +119,31 @@ impl Pool {
         let response = tokio::time::timeout(REQUEST_TIMEOUT, send(request, &url))
             .await
             .map_err(|_elapsed| Error::Ended("no answer within ten seconds"))??;
-        // The parser keeps an unfinished event whole, so its size is bounded in front of it.
-        let unfinished = Arc::new(AtomicUsize::new(0));
-        let counted = Arc::clone(&unfinished);
         let silence = STREAM_PING * 5 / 2;
-        let bytes = response.bytes_stream().timeout(silence).map(move |chunk| match chunk {
-            Err(_elapsed) => Err(Error::Ended("silent for too long")),
-            Ok(Err(source)) => Err(Error::Request {
-                url: url.clone(),
-                source,
-            }),
-            Ok(Ok(chunk)) => {
-                if counted.fetch_add(chunk.len(), Relaxed) + chunk.len() > MAX_LIST_BYTES {
-                    return Err(Error::TooLong {
-                        url: url.clone(),
-                        limit: MAX_LIST_BYTES,
-                    });
-                }
-                Ok(chunk)
-            }
+        let mut decoder = Decoder::default();
+        let events = response.bytes_stream().timeout(silence).flat_map(move |chunk| {
+            let unusable = |error| match error {
+                events::Error::TooLong => Error::TooLong {
+                    url: url.clone(),
+                    limit: MAX_LIST_BYTES,
+                },
+                events::Error::Garbled => Error::Ended("it is not an event stream"),
+                events::Error::Format(source) => Error::Format { what: "event", source },
+            };
+            stream::iter(match chunk {
+                Ok(Ok(chunk)) => decoder
+                    .read(&chunk)
+                    .into_iter()
+                    .map(|event| event.map_err(unusable))
+                    .collect(),
+                Ok(Err(source)) => vec![Err(Error::Request {
+                    url: url.clone(),
+                    source,
+                })],
+                Err(_elapsed) => vec![Err(Error::Ended("silent for too long"))],
+            })
         });
-        let events = Box::pin(bytes.eventsource()).filter_map(move |event| {
-            unfinished.store(0, Relaxed);
-            match event {
-                Ok(event) => parse(&event).transpose(),
-                Err(eventsource_stream::EventStreamError::Transport(error)) => Some(Err(error)),
-                Err(_garbled) => Some(Err(Error::Ended("it is not an event stream"))),
-            }
-        });
-        Ok(events)
+        Ok(Box::pin(events))
     }
 
     fn url(&self, segments: &[&str]) -> Url {
@@ -239,16 +218,4 @@ async fn read(mut response: Response) -> Result<Vec<u8>, Error> {
 
 async fn read_json<T: DeserializeOwned>(response: Response, what: &'static str) -> Result<T, Error> {
     serde_json::from_slice(&read(response).await?).map_err(|source| Error::Format { what, source })
-}
-
-/// Events of unknown names are for newer nodes.
-fn parse(event: &Event) -> Result<Option<(String, PoolEvent)>, Error> {
-    let parsed = match event.event.as_str() {
-        event::SNAPSHOT => serde_json::from_str(&event.data).map(PoolEvent::Snapshot),
-        event::ADD => serde_json::from_str(&event.data).map(PoolEvent::Added),
-        event::REMOVE => serde_json::from_str(&event.data).map(PoolEvent::Removed),
-        _ => return Ok(None),
-    };
-    let parsed = parsed.map_err(|source| Error::Format { what: "event", source })?;
-    Ok(Some((event.id.clone(), parsed)))
 }

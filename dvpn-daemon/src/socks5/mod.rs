@@ -8,6 +8,8 @@
 mod auth;
 mod connect;
 mod destination;
+mod header;
+mod negotiation;
 mod path;
 mod udp;
 
@@ -22,14 +24,8 @@ use std::{
 };
 
 pub use auth::Credentials;
-use fast_socks5::{
-    ReplyError, Socks5Command,
-    server::{
-        AuthMethodSuccessState, NoAuthentication, Socks5ServerProtocol, SocksServerError,
-        states::{Authenticated, CommandRead},
-    },
-    util::target_addr::TargetAddr,
-};
+use fast_socks5::{ReplyError, Socks5Command, server::SocksServerError};
+use negotiation::Request;
 pub use path::{Binding, TunnelPath};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
@@ -162,8 +158,6 @@ enum Error {
     Associate(#[source] io::Error),
 }
 
-type Request = (Socks5ServerProtocol<TcpStream, CommandRead>, Socks5Command, TargetAddr);
-
 async fn client_session(
     client: TcpStream,
     peer: SocketAddr,
@@ -212,7 +206,10 @@ async fn client_session(
     }
 }
 
-async fn handshake(client: TcpStream, credentials: Option<&Credentials>) -> Result<Request, SocksServerError> {
+async fn handshake(
+    client: TcpStream,
+    credentials: Option<&Credentials>,
+) -> Result<Request<TcpStream>, SocksServerError> {
     let set_up = |source| SocksServerError::Io {
         source,
         context: "setting up the connection",
@@ -221,17 +218,7 @@ async fn handshake(client: TcpStream, credentials: Option<&Credentials>) -> Resu
     SockRef::from(&client)
         .set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))
         .map_err(set_up)?;
-    let opened = Socks5ServerProtocol::start(client);
-    let ready: Socks5ServerProtocol<TcpStream, Authenticated> = match credentials {
-        None => opened.negotiate_auth(&[NoAuthentication]).await?.finish_auth(),
-        Some(credentials) => opened
-            .negotiate_auth(&[auth::Password])
-            .await?
-            .check(credentials)
-            .await?
-            .finish_auth(),
-    };
-    ready.read_command().await
+    negotiation::read(client, credentials).await
 }
 
 /// Returns when `path` is no longer the tunnel.

@@ -23,14 +23,18 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{Error, Metrics, TunnelPath, TunnelWatch, connect::admitted, destination, gone, reset_on_close};
+use super::{
+    Error, Metrics, TunnelPath, TunnelWatch,
+    connect::admitted,
+    destination, gone,
+    header::{MAX_HEADER, write_header},
+    reset_on_close,
+};
 
 /// An association without a datagram ends after this long.
 const IDLE_TIMEOUT: Duration = Duration::from_mins(2);
 /// Room for the largest datagram.
 const MAX_DATAGRAM: usize = 65_535;
-/// Longest header put before a reply: reserved, fragment, type, IPv6 address, port.
-const MAX_HEADER: usize = 4 + 16 + 2;
 /// Datagrams that may wait for a name at a time; more are dropped, as a full queue would.
 const MAX_RESOLVING: usize = 4;
 /// Longest time a datagram waits for its name.
@@ -281,53 +285,5 @@ fn drain(socket: Option<&UdpSocket>, buffer: &mut [u8]) -> io::Result<bool> {
     match socket.map(|socket| socket.try_recv_from(buffer)) {
         Some(Err(error)) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
         Some(_) | None => Ok(false),
-    }
-}
-
-/// Writes the header of a reply so that it ends where `head` ends; returns where it begins.
-fn write_header(head: &mut [u8], from: SocketAddr) -> usize {
-    let [p0, p1] = from.port().to_be_bytes();
-    let mut header = [0; MAX_HEADER];
-    let length = match from.ip() {
-        IpAddr::V4(v4) => {
-            let [a, b, c, d] = v4.octets();
-            let bytes = [0, 0, 0, 1, a, b, c, d, p0, p1];
-            header.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
-            bytes.len()
-        }
-        IpAddr::V6(v6) => {
-            let bytes = [0, 0, 0, 4].into_iter().chain(v6.octets()).chain([p0, p1]);
-            header.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
-            MAX_HEADER
-        }
-    };
-    let start = head.len().saturating_sub(length);
-    head.iter_mut()
-        .skip(start)
-        .zip(header)
-        .for_each(|(to, byte)| *to = byte);
-    start
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn a_reply_header_reads_back_as_its_source(v6: bool, bits: u128, v4: u32, port: u16, payload: Vec<u8>) {
-            let ip = if v6 { IpAddr::V6(Ipv6Addr::from_bits(bits)) } else { IpAddr::V4(Ipv4Addr::from_bits(v4)) };
-            let from = SocketAddr::new(ip, port);
-            let mut buffer = vec![0xff; MAX_HEADER];
-            let start = write_header(&mut buffer, from);
-            buffer.extend(&payload);
-            let (fragment, read, rest) =
-                futures::executor::block_on(parse_udp_request(&buffer[start..])).unwrap();
-            prop_assert_eq!(fragment, 0);
-            prop_assert_eq!(read, TargetAddr::Ip(from));
-            prop_assert_eq!(rest, &payload[..]);
-        }
     }
 }

@@ -194,8 +194,11 @@ fn joinable(headers: Headers, packet: &[u8]) -> bool {
     packet.len() > headers.bytes
         && match headers.transport {
             Transport::Tcp => tcp_flags(headers, packet) & !(TCP_PSH | TCP_ECE) == TCP_ACK,
-            // Without a checksum it has to stay without.
-            Transport::Udp => word(packet, headers.ip_bytes + 6) != 0,
+            // Without a checksum it has to stay without; what follows the datagram in its packet is no part of it.
+            Transport::Udp => {
+                let datagram = packet.len() - headers.ip_bytes;
+                word(packet, headers.ip_bytes + 6) != 0 && usize::from(word(packet, headers.ip_bytes + 4)) == datagram
+            }
         }
 }
 
@@ -238,7 +241,7 @@ fn continues(run: &Run, headers: Headers, first: &[u8], packet: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use gotatun::packet::{Ip, Packet};
+    use gotatun::packet::Packet;
     use proptest::prelude::*;
 
     use super::{super::split::split, *};
@@ -329,9 +332,15 @@ mod tests {
     }
 
     fn cut(header: &VirtioNetHdr, frame: &mut [u8]) -> Vec<Vec<u8>> {
-        let mut packets: Vec<Packet<Ip>> = Vec::new();
-        split(header, frame, &mut packets).unwrap();
-        packets.into_iter().map(|packet| packet.into_bytes().to_vec()).collect()
+        let mut packets = Vec::new();
+        let take = |bytes| {
+            // As the engine takes them.
+            let packet = Packet::from_bytes(bytes).try_into_ip().unwrap();
+            packets.push(packet.into_bytes().to_vec());
+            Some(())
+        };
+        split(header, frame, take).unwrap();
+        packets
     }
 
     /// What the kernel would read from the write of `run`.
@@ -452,8 +461,28 @@ mod tests {
             };
             let mut joiner = Joiner::new(true);
             joiner.plan(&[&frame, &frame]);
-            split(&header, &mut frame, &mut Vec::new());
+            split(&header, &mut frame, |_packet| Some(()));
         }
+    }
+
+    #[test]
+    fn a_datagram_shorter_than_its_packet_stays_as_it_is() {
+        let flow = Flow {
+            v6: false,
+            tcp: false,
+            port: 1000,
+            sequence: 0,
+            option_words: 0,
+            flags: 0,
+            segment: 100,
+            payload: vec![7; 300],
+        };
+        let mut packets = flow.packets();
+        let mut joiner = Joiner::new(true);
+        assert_eq!(joiner.plan(&packets).len(), 1);
+        packets[1][20 + 5] -= 1;
+        let lengths: Vec<usize> = joiner.plan(&packets).iter().map(|run| run.members.len()).collect();
+        assert_eq!(lengths, [1, 1, 1]);
     }
 
     #[test]

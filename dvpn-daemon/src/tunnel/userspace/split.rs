@@ -2,7 +2,6 @@
 //! link (Linux, `include/uapi/linux/virtio_net.h`; `net/ipv4/tcp_offload.c` does the same for the kernel's drivers).
 
 use bytes::BytesMut;
-use gotatun::packet::{Ip, Packet};
 use tun_rs::{VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4, VirtioNetHdr, checksum};
 
 use super::headers::{Headers, Transport, long, put_long, put_word, word};
@@ -16,16 +15,20 @@ const TCP_FIN_PSH: u8 = 0x09;
 /// The engine pads packets to a multiple of this; room for it spares another allocation.
 const PADDING: usize = 16;
 
-/// Appends the packets in `frame` to `packets`; `None` when header and frame contradict each other.
-pub(super) fn split(header: &VirtioNetHdr, frame: &mut [u8], packets: &mut Vec<Packet<Ip>>) -> Option<()> {
+/// Hands the packets in `frame` to `take`, in order; `None` when header and frame contradict each other or `take` wants
+/// no more.
+pub(super) fn split(
+    header: &VirtioNetHdr,
+    frame: &mut [u8],
+    mut take: impl FnMut(BytesMut) -> Option<()>,
+) -> Option<()> {
     let start = usize::from(header.csum_start);
     let transport = match header.gso_type & !GSO_ECN {
         GSO_NONE => {
             if header.flags & NEEDS_CHECKSUM != 0 {
                 finish_checksum(frame, start, usize::from(header.csum_offset))?;
             }
-            packets.push(Packet::from_bytes(BytesMut::from(&*frame)).try_into_ip().ok()?);
-            return Some(());
+            return take(BytesMut::from(&*frame));
         }
         VIRTIO_NET_HDR_GSO_TCPV4 | VIRTIO_NET_HDR_GSO_TCPV6 => Transport::Tcp,
         VIRTIO_NET_HDR_GSO_UDP_L4 => Transport::Udp,
@@ -40,7 +43,6 @@ pub(super) fn split(header: &VirtioNetHdr, frame: &mut [u8], packets: &mut Vec<P
     let count = payload.len().div_ceil(segment);
     // One allocation for all: they leave together, so none keeps it for long.
     let mut room = BytesMut::with_capacity(payload.len() + count * (head.len() + PADDING));
-    packets.reserve(count);
     let (mut id, mut sequence, flags_at) = (word(head, 4), long(head, start + 4), start + 13);
     for (number, part) in payload.chunks(segment).enumerate() {
         let length = head.len() + part.len();
@@ -66,7 +68,7 @@ pub(super) fn split(header: &VirtioNetHdr, frame: &mut [u8], packets: &mut Vec<P
         }
         headers.set_length(&mut packet, length);
         headers.set_checksum(&mut packet);
-        packets.push(Packet::from_bytes(packet).try_into_ip().ok()?);
+        take(packet)?;
     }
     Some(())
 }

@@ -93,14 +93,18 @@ impl TunReader {
         let Some(frame) = self.frame.get_mut(..length) else {
             return Ok(None);
         };
-        let none = VirtioNetHdr::default();
+        let packets = &mut self.packets;
+        let take = |bytes| {
+            packets.push(Packet::from_bytes(bytes).try_into_ip().ok()?);
+            Some(())
+        };
         if !self.tun.offload {
-            return Ok(split(&none, frame, &mut self.packets));
+            return Ok(split(&VirtioNetHdr::default(), frame, take));
         }
         let Some((header, frame)) = frame.split_at_mut_checked(VIRTIO_NET_HDR_LEN) else {
             return Ok(None);
         };
-        Ok(split(&VirtioNetHdr::decode(header)?, frame, &mut self.packets))
+        Ok(split(&VirtioNetHdr::decode(header)?, frame, take))
     }
 }
 

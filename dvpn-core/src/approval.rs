@@ -48,6 +48,8 @@ pub struct Approval {
     addresses: Vec<IpNetwork>,
     gateways: Vec<IpAddr>,
     expires_at: Timestamp,
+    from_pool: bool,
+    serial: Option<u64>,
     signed: Option<SignedApproval>,
 }
 
@@ -64,6 +66,8 @@ pub struct PoolRequest<'a> {
     pub static_addresses: &'a [IpNetwork],
     /// The pool's key, configured or pinned. With one, an unsigned answer is refused.
     pub pool_key: Option<&'a VerifyingKey>,
+    /// The highest serial that this pool signed for us before: a lower one is an old approval shown again.
+    pub last_serial: Option<u64>,
     /// The time of the answer.
     pub now: Timestamp,
 }
@@ -118,6 +122,8 @@ impl Approval {
             addresses,
             gateways: gateways(answer.gateways.unwrap_or_default())?,
             expires_at: end(asked.subscription, asked.now, &ends)?,
+            from_pool: true,
+            serial: signed.as_ref().map(|(_, fields)| fields.serial),
             signed: signed.map(|(signed, _)| signed),
         })
     }
@@ -148,6 +154,8 @@ impl Approval {
             },
             gateways: Vec::new(),
             expires_at: end(asked.subscription, asked.now, &[])?,
+            from_pool: false,
+            serial: None,
             signed: None,
         })
     }
@@ -171,6 +179,25 @@ impl Approval {
     /// End of the approval, never later than the subscription's or 24 hours.
     pub fn expires_at(&self) -> Timestamp {
         self.expires_at
+    }
+    /// Whether the pool admitted the key: then it is told when the key is used no more. Else the orchestrator did.
+    pub fn is_from_pool(&self) -> bool {
+        self.from_pool
+    }
+    /// The serial that the pool signed, if it signed.
+    pub fn serial(&self) -> Option<u64> {
+        self.serial
+    }
+    /// Whether a tunnel that stands under `old` can go on under this one without being taken down: same provider, same
+    /// addresses, and either the same key or a gateway that shows when the addresses have moved to the new one.
+    pub fn continues(&self, old: &Self) -> bool {
+        let moves = self
+            .gateways
+            .iter()
+            .any(|gateway| self.addresses.iter().any(|ours| ours.is_ipv4() == gateway.is_ipv4()));
+        self.provider == old.provider
+            && same(&self.addresses, &old.addresses)
+            && (self.client_key == old.client_key || moves)
     }
     /// What the pool signed, if it did.
     pub fn signed(&self) -> Option<&SignedApproval> {
@@ -285,6 +312,13 @@ fn read_signed(
     } else {
         None
     };
+    if let Some(seen) = asked
+        .last_serial
+        .filter(|seen| asked.pool_key.is_some() && fields.serial < *seen)
+    {
+        let serial = fields.serial;
+        return Err(Error::Older { serial, seen });
+    }
     match mismatch {
         Some(field) => Err(Error::Mismatch { field }),
         None => Ok(Some((SignedApproval { bytes, signature }, fields))),

@@ -1,6 +1,6 @@
 //! What is worth recording: one typed event per fact an auditor asks for.
 //!
-//! An event never holds a secret, a token, a key or a destination. Providers are named by their ids. The provider side
+//! An event never holds a secret, a token, a WireGuard key or a destination. Providers are named by their ids. The provider side
 //! has events of its own, beside the code that decides them there.
 
 use std::net::SocketAddr;
@@ -85,6 +85,20 @@ pub enum Event {
         provider: ProviderId,
         /// Its outer address and port.
         endpoint: SocketAddr,
+    },
+    /// A standing tunnel goes on under a fresh approval.
+    TunnelRenewed {
+        /// With whom.
+        provider: ProviderId,
+        /// Until when.
+        expires_at: Timestamp,
+    },
+    /// The key of a pool was seen for the first time, or changed over a chain of signatures.
+    PoolKeyPinned {
+        /// The key, base64.
+        key: String,
+        /// What it was before.
+        before: Option<String>,
     },
     /// A tunnel went down.
     TunnelDown {

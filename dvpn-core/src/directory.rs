@@ -1,7 +1,9 @@
 //! Whether a provider list is believed. The pool is hostile until proven otherwise.
 //!
 //! A list is taken whole or not at all: one bad entry means a pool that does not check what it publishes, or one that
-//! probes what we accept. The caller keeps its last good list.
+//! probes what we accept. The caller keeps its last good list. Whose list it is, [`trust`] says.
+
+pub mod trust;
 
 use std::{
     collections::BTreeSet,
@@ -10,8 +12,9 @@ use std::{
 };
 
 use dvpn_common::{
+    contract::{KeyRotation, ProviderEntry},
     ids::{ProviderId, Region},
-    keys::PublicKey,
+    keys::{PublicKey, VerifyingKey},
     limits::{MAX_ALLOWED_IPS, MAX_LIST_BYTES, MAX_PROVIDERS},
 };
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
@@ -26,6 +29,7 @@ use crate::{
     address::{is_global_unicast, is_unicast},
     text::excerpt,
 };
+use trust::{Claim, PoolRecord};
 
 /// One offer, every field checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +57,8 @@ pub struct Directory {
     pub version: Option<u64>,
     /// When this copy stops being good.
     pub expires_at: Option<Timestamp>,
+    /// The pool's key that signed it; nothing from a pool that speaks only the user's contract.
+    pub signer: Option<VerifyingKey>,
 }
 
 /// What a list is checked against.
@@ -90,6 +96,28 @@ pub enum Error {
         /// When.
         expires_at: Timestamp,
     },
+    /// The pool's key is known, and the list is not signed (or lacks the version and expiry that are signed with it).
+    #[error("the provider list is not signed, and this pool's key is known")]
+    Unsigned,
+    /// The signature is not by the pool's key.
+    #[error("the provider list's signature is not the pool's")]
+    Signature,
+    /// The list names another key than the known one, and no chain of rotations leads there.
+    #[error("the pool shows another key ({announced}) than the known one ({known}), which does not vouch for it")]
+    OtherKey {
+        /// The key configured or pinned.
+        known: VerifyingKey,
+        /// What the list says.
+        announced: VerifyingKey,
+    },
+    /// A list from before one that was already taken.
+    #[error("the provider list is version {version}, and version {seen} was already seen")]
+    Older {
+        /// Its version.
+        version: u64,
+        /// The highest seen.
+        seen: u64,
+    },
     /// A field of an entry is refused.
     #[error("provider {index} ({id}): {field} {reason}")]
     Entry {
@@ -120,6 +148,14 @@ impl From<Error> for Failure {
                 field: "endpoint" | "probe",
                 ..
             } => "tell the pool's operator; for a pool of your own inside a private network set POOL_PRIVATE=true",
+            Error::Unsigned | Error::Signature | Error::OtherKey { .. } => {
+                "somebody stands between, or the pool lost its key: ask its operator for the key by another way and set \
+                 POOL_PUBLIC_KEY to it"
+            }
+            Error::Older { .. } => {
+                "the pool, or somebody between, shows an old list; if the pool was set up anew, remove the file pool \
+                 from the state directory"
+            }
             Error::TooLarge { .. } | Error::TooMany | Error::Entry { .. } => {
                 "tell the pool's operator; the whole list is refused until this is mended"
             }
@@ -132,8 +168,9 @@ impl From<Error> for Failure {
     }
 }
 
-/// Reads a provider list: an object with `providers`, or a bare array.
-pub fn parse(body: &[u8], policy: &Policy<'_>, now: Timestamp) -> Result<Directory, Error> {
+/// Reads a provider list: an object with `providers`, or a bare array. `known` is what earlier lists and the
+/// configuration say of this pool.
+pub fn parse(body: &[u8], policy: &Policy<'_>, known: &PoolRecord, now: Timestamp) -> Result<Directory, Error> {
     if body.len() > MAX_LIST_BYTES {
         return Err(Error::TooLarge { bytes: body.len() });
     }
@@ -141,8 +178,7 @@ pub fn parse(body: &[u8], policy: &Policy<'_>, now: Timestamp) -> Result<Directo
     let list = if is_array {
         serde_json::from_slice(body).map(|providers| List {
             providers,
-            version: None,
-            expires_at: None,
+            ..List::default()
         })
     } else {
         serde_json::from_slice(body)
@@ -157,9 +193,15 @@ pub fn parse(body: &[u8], policy: &Policy<'_>, now: Timestamp) -> Result<Directo
             }
         }
     })?;
-    if let Some(expires_at) = list.expires_at.filter(|end| *end <= now) {
-        return Err(Error::Expired { expires_at });
-    }
+    let claim = Claim {
+        providers: &list.providers.0,
+        version: list.version,
+        expires_at: list.expires_at,
+        signature: list.signature.as_deref(),
+        pool_key: list.pool_key,
+        rotations: &list.rotations,
+    };
+    let signer = claim.check(known, now)?;
 
     let (mut ids, mut keys) = (BTreeSet::new(), BTreeSet::new());
     let mut providers = Vec::with_capacity(list.providers.0.len());
@@ -171,7 +213,7 @@ pub fn parse(body: &[u8], policy: &Policy<'_>, now: Timestamp) -> Result<Directo
             field,
             reason,
         };
-        let provider = entry.check(policy.private_endpoints).map_err(refused)?;
+        let provider = check(&entry, policy.private_endpoints).map_err(refused)?;
         if !ids.insert(provider.id.clone()) {
             return Err(refused(("id", "is in the list twice".to_owned())));
         }
@@ -194,6 +236,7 @@ pub fn parse(body: &[u8], policy: &Policy<'_>, now: Timestamp) -> Result<Directo
         providers,
         version: list.version,
         expires_at: list.expires_at,
+        signer,
     })
 }
 
@@ -206,7 +249,7 @@ pub(crate) fn check_offer(entry: &Entry, policy: &Policy<'_>) -> Result<Provider
         field,
         reason,
     };
-    let provider = entry.check(policy.private_endpoints).map_err(refused)?;
+    let provider = check(entry, policy.private_endpoints).map_err(refused)?;
     if policy.own_keys.contains(&provider.public_key)
         || policy.own_node.is_some_and(|(_, key)| *key == provider.public_key)
     {
@@ -217,29 +260,25 @@ pub(crate) fn check_offer(entry: &Entry, policy: &Policy<'_>) -> Result<Provider
 
 const TOO_MANY: &str = "more providers than allowed";
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct List {
     providers: Entries,
     #[serde(default)]
     version: Option<u64>,
     #[serde(default)]
     expires_at: Option<Timestamp>,
+    #[serde(default)]
+    signature: Option<String>,
+    #[serde(default)]
+    pool_key: Option<VerifyingKey>,
+    #[serde(default)]
+    rotations: Vec<KeyRotation>,
 }
 
 /// An offer as it stands in JSON; shape only.
-#[derive(Deserialize)]
-pub(crate) struct Entry {
-    pub(crate) id: String,
-    pub(crate) endpoint: String,
-    pub(crate) public_key: String,
-    #[serde(default)]
-    pub(crate) allowed_ips: Option<Vec<String>>,
-    #[serde(default)]
-    pub(crate) probe: Option<String>,
-    #[serde(default)]
-    pub(crate) region: Option<String>,
-}
+pub(crate) type Entry = ProviderEntry;
 
+#[derive(Default)]
 struct Entries(Vec<Entry>);
 
 impl<'de> Deserialize<'de> for Entries {
@@ -270,57 +309,55 @@ impl<'de> Deserialize<'de> for Entries {
 
 type Refusal = (&'static str, String);
 
-impl Entry {
-    fn check(&self, private: bool) -> Result<Provider, Refusal> {
-        let endpoint = socket_address("endpoint", &self.endpoint, private)?;
-        let probe = match &self.probe {
-            None => None,
-            Some(text) => {
-                let probe = socket_address("probe", text, private)?;
-                // Probes go out in bursts to every sampled provider: a list must not aim them at a third party.
-                if probe.ip() != endpoint.ip() {
-                    return Err((
-                        "probe",
-                        format!("{probe} is not at the endpoint's address {}", endpoint.ip()),
-                    ));
-                }
-                Some(probe)
+fn check(entry: &Entry, private: bool) -> Result<Provider, Refusal> {
+    let endpoint = socket_address("endpoint", &entry.endpoint, private)?;
+    let probe = match &entry.probe {
+        None => None,
+        Some(text) => {
+            let probe = socket_address("probe", text, private)?;
+            // Probes go out in bursts to every sampled provider: a list must not aim them at a third party.
+            if probe.ip() != endpoint.ip() {
+                return Err((
+                    "probe",
+                    format!("{probe} is not at the endpoint's address {}", endpoint.ip()),
+                ));
             }
-        };
-        Ok(Provider {
-            id: self
-                .id
-                .parse()
-                .map_err(|error| ("id", format!("is refused: {error}")))?,
-            endpoint,
-            public_key: self
-                .public_key
-                .parse()
-                .map_err(|error| ("public_key", format!("is refused: {error}")))?,
-            allowed_ips: self.allowed_ips()?,
-            probe,
-            region: match &self.region {
-                None => None,
-                Some(text) => Some(
-                    text.parse()
-                        .map_err(|error| ("region", format!("is refused: {error}")))?,
-                ),
-            },
-        })
-    }
-
-    fn allowed_ips(&self) -> Result<Vec<IpNetwork>, Refusal> {
-        let Some(texts) = &self.allowed_ips else {
-            return Ok(everything());
-        };
-        if texts.is_empty() || texts.len() > MAX_ALLOWED_IPS {
-            return Err((
-                "allowed_ips",
-                format!("has {} prefixes; 1 to {MAX_ALLOWED_IPS} are allowed", texts.len()),
-            ));
+            Some(probe)
         }
-        texts.iter().map(|text| prefix(text)).collect()
+    };
+    Ok(Provider {
+        id: entry
+            .id
+            .parse()
+            .map_err(|error| ("id", format!("is refused: {error}")))?,
+        endpoint,
+        public_key: entry
+            .public_key
+            .parse()
+            .map_err(|error| ("public_key", format!("is refused: {error}")))?,
+        allowed_ips: allowed_ips(entry)?,
+        probe,
+        region: match &entry.region {
+            None => None,
+            Some(text) => Some(
+                text.parse()
+                    .map_err(|error| ("region", format!("is refused: {error}")))?,
+            ),
+        },
+    })
+}
+
+fn allowed_ips(entry: &Entry) -> Result<Vec<IpNetwork>, Refusal> {
+    let Some(texts) = &entry.allowed_ips else {
+        return Ok(everything());
+    };
+    if texts.is_empty() || texts.len() > MAX_ALLOWED_IPS {
+        return Err((
+            "allowed_ips",
+            format!("has {} prefixes; 1 to {MAX_ALLOWED_IPS} are allowed", texts.len()),
+        ));
     }
+    texts.iter().map(|text| prefix(text)).collect()
 }
 
 fn everything() -> Vec<IpNetwork> {

@@ -12,6 +12,7 @@
 //! | [`seal`] | whether a stored secret is ours and whole |
 //! | [`audit`] | what is worth recording |
 //! | [`sim`] | nothing: it tries the machine against a world that fails in every way |
+//! | [`possession`] | what shows the pool that a key is ours |
 //! | [`address`], [`keys`], [`text`] | what addresses, keys and foreign texts are |
 
 pub mod address;
@@ -22,6 +23,7 @@ pub mod directory;
 pub mod firewall;
 pub mod keys;
 pub mod payment;
+pub mod possession;
 pub mod seal;
 pub mod selection;
 pub mod session;

@@ -18,7 +18,7 @@ use dvpn_common::{
     ids::{ProviderId, UserId},
     keys::{PrivateKey, VerifyingKey},
 };
-use dvpn_core::{config::Secret, payment::Subscription, seal};
+use dvpn_core::{config::Secret, directory::trust::PoolRecord, payment::Subscription, seal};
 use zeroize::Zeroizing;
 
 use self::{files::Files, sealer::Sealer};
@@ -32,6 +32,7 @@ const LAST_ENDPOINT: &str = "last-endpoint";
 const USER_ID: &str = "user-id";
 const NODE_ID: &str = "node-id";
 const POOL_KEY: &str = "pool-key";
+const POOL_RECORD: &str = "pool";
 const CHECKOUT: &str = "checkout";
 const SEALING_KEY: &str = "sealing.key";
 
@@ -245,6 +246,33 @@ impl State {
     /// Pins the pool's key. The caller has checked that a new one was signed by the old.
     pub fn store_pool_key(&self, key: &VerifyingKey) -> Result<(), Error> {
         self.inner.files.write(POOL_KEY, format!("{key}\n").as_bytes())
+    }
+
+    /// What the client side knows of a pool: its key, and how far its lists and approvals have come.
+    pub async fn pool_record(&self) -> Result<Option<PoolRecord>, Error> {
+        self.blocking(|inner| {
+            let Some(bytes) = inner.files.read(POOL_RECORD)? else {
+                return Ok(None);
+            };
+            serde_json::from_slice(&bytes)
+                .map(Some)
+                .ok()
+                .ok_or_else(|| Error::Damaged {
+                    path: inner.files.path(POOL_RECORD),
+                })
+        })
+        .await
+    }
+
+    /// Remembers it. Nothing in it is secret: it is plain, and replaced whole.
+    pub async fn store_pool_record(&self, record: &PoolRecord) -> Result<(), Error> {
+        let text = serde_json::to_vec(record).ok();
+        self.blocking(move |inner| {
+            let path = || inner.files.path(POOL_RECORD);
+            let text = text.ok_or_else(|| Error::Damaged { path: path() })?;
+            inner.files.write(POOL_RECORD, &text)
+        })
+        .await
     }
 
     /// The seed of the node's Ed25519 identity, made once.

@@ -5,6 +5,7 @@
 
 mod failures;
 mod peers;
+mod renewal;
 mod side;
 mod traffic;
 

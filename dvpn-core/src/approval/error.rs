@@ -60,6 +60,14 @@ pub enum Error {
     /// The signed bytes do not read, or do not hold now.
     #[error("the signed approval is refused: {0}")]
     Signed(#[source] signed::Error),
+    /// An approval from before one that was already taken.
+    #[error("the approval has serial {serial}, and {seen} was already seen")]
+    Older {
+        /// Its serial.
+        serial: u64,
+        /// The highest seen.
+        seen: u64,
+    },
     /// The answer, or what is signed, is about something else than was asked.
     #[error("the approval's {field} is not the one asked for")]
     Mismatch {
@@ -103,6 +111,7 @@ impl Error {
             | Self::Unsigned
             | Self::Signature
             | Self::Signed(_)
+            | Self::Older { .. }
             | Self::Offer(_) => Retry::Backoff,
         }
     }
@@ -116,6 +125,10 @@ impl Error {
             Self::Unreadable { .. } => "check that POOL_URL and FALLBACK_ORCHESTRATOR_URL name such services",
             Self::Unsigned | Self::Signature => {
                 "if the pool changed its key, set POOL_PUBLIC_KEY to the new one; otherwise somebody stands between"
+            }
+            Self::Older { .. } => {
+                "the pool, or somebody between, shows an old approval; if the pool was set up anew, remove the file pool \
+                 from the state directory"
             }
             Self::Signed(_) => "check this machine's clock; otherwise tell the pool's operator",
             Self::Mismatch { .. } | Self::Address { .. } | Self::Over(_) | Self::Offer(_) => {

@@ -54,6 +54,7 @@ struct Asking {
     subscription: Subscription,
     static_addresses: Vec<IpNetwork>,
     pool_key: Option<VerifyingKey>,
+    last_serial: Option<u64>,
 }
 
 impl Asking {
@@ -62,6 +63,7 @@ impl Asking {
             subscription: paid(700),
             static_addresses: Vec::new(),
             pool_key: None,
+            last_serial: None,
         }
     }
     fn answer(&self, status: u16, body: &[u8]) -> Result<Approval, Error> {
@@ -72,6 +74,7 @@ impl Asking {
                 client_key: &key(2),
                 static_addresses: &self.static_addresses,
                 pool_key: self.pool_key.as_ref(),
+                last_serial: self.last_serial,
                 now: now(),
             },
             status,
@@ -365,4 +368,37 @@ proptest! {
         let approval = asking.json(&json!({ "address": "10.96.0.2", "expires_at": end })).unwrap();
         prop_assert_eq!(approval.expires_at(), now() + SignedDuration::from_hours(hours.min(answer).min(24)));
     }
+}
+
+#[test]
+fn an_approval_with_a_lower_serial_than_seen_is_refused() {
+    let asking = |last| Asking {
+        pool_key: Some(pool_key()),
+        last_serial: last,
+        ..Asking::new()
+    };
+    let answer = signed_answer(&fields());
+    for last in [None, Some(6), Some(7)] {
+        assert_eq!(asking(last).json(&answer).unwrap().serial(), Some(7));
+    }
+    assert_eq!(asking(Some(8)).json(&answer), Err(Error::Older { serial: 7, seen: 8 }));
+}
+
+#[test]
+fn an_approval_continues_another_at_the_same_addresses_of_the_same_provider() {
+    let answer = |body: Value| Asking::new().json(&body).unwrap();
+    let old = answer(json!({ "address": "10.96.0.2/32" }));
+    assert!(old.continues(&old), "the same key needs no hand-over");
+    let other = Approval {
+        client_key: key(3),
+        ..answer(json!({ "address": "10.96.0.2/32" }))
+    };
+    assert!(!other.continues(&old), "no gateway shows that the addresses moved");
+    let other = Approval {
+        client_key: key(3),
+        ..answer(json!({ "address": "10.96.0.2/32", "gateways": ["10.96.0.1"] }))
+    };
+    assert!(other.continues(&old));
+    let moved = answer(json!({ "address": "10.96.0.3/32", "gateways": ["10.96.0.1"] }));
+    assert!(!moved.continues(&old));
 }

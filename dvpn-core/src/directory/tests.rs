@@ -28,7 +28,7 @@ fn changed(field: &str, value: serde_json::Value) -> String {
 }
 
 fn read(body: &str) -> Result<Directory, Error> {
-    parse(body.as_bytes(), &Policy::default(), now())
+    parse(body.as_bytes(), &Policy::default(), &PoolRecord::default(), now())
 }
 
 #[test]
@@ -152,7 +152,7 @@ fn duplicate_json_keys_and_broken_lists_are_refused() {
 fn too_many_bytes_and_too_many_providers_are_refused() {
     let large = [b"[".as_slice(), &vec![b' '; MAX_LIST_BYTES]].concat();
     assert!(matches!(
-        parse(&large, &Policy::default(), now()),
+        parse(&large, &Policy::default(), &PoolRecord::default(), now()),
         Err(Error::TooLarge { .. })
     ));
     let small = |count: u32| {
@@ -196,6 +196,7 @@ fn our_own_key_refuses_the_list_and_our_own_node_is_left_out() {
             own_keys: &own_keys,
             ..Policy::default()
         },
+        &PoolRecord::default(),
         now(),
     );
     assert!(matches!(
@@ -208,10 +209,24 @@ fn our_own_key_refuses_the_list_and_our_own_node_is_left_out() {
     ));
     let ours = key(2);
     let (own, other) = ("provider-2".parse().unwrap(), "provider-9".parse().unwrap());
-    let left = parse(list.as_bytes(), &policy(Some((&own, &ours))), now()).unwrap();
+    let left = parse(
+        list.as_bytes(),
+        &policy(Some((&own, &ours))),
+        &PoolRecord::default(),
+        now(),
+    )
+    .unwrap();
     assert_eq!(left.providers.len(), 1);
     // Our provider key under another id is somebody playing us.
-    assert!(parse(list.as_bytes(), &policy(Some((&other, &ours))), now()).is_err());
+    assert!(
+        parse(
+            list.as_bytes(),
+            &policy(Some((&other, &ours))),
+            &PoolRecord::default(),
+            now()
+        )
+        .is_err()
+    );
 }
 
 #[test]
@@ -224,7 +239,10 @@ fn a_private_pool_may_list_private_addresses_but_no_impossible_ones() {
         serde_json::json!([{ "id": "a", "endpoint": endpoint, "public_key": key(1).to_string() }]).to_string()
     };
     for good in ["10.0.0.1:1", "127.0.0.1:1", "[fd00::1]:1", "9.9.9.9:1"] {
-        assert!(parse(list(good).as_bytes(), &policy, now()).is_ok(), "{good}");
+        assert!(
+            parse(list(good).as_bytes(), &policy, &PoolRecord::default(), now()).is_ok(),
+            "{good}"
+        );
     }
     for bad in [
         "0.0.0.0:1",
@@ -234,7 +252,10 @@ fn a_private_pool_may_list_private_addresses_but_no_impossible_ones() {
         "[ff02::1]:1",
         "10.0.0.1:0",
     ] {
-        assert!(parse(list(bad).as_bytes(), &policy, now()).is_err(), "{bad}");
+        assert!(
+            parse(list(bad).as_bytes(), &policy, &PoolRecord::default(), now()).is_err(),
+            "{bad}"
+        );
     }
 }
 
@@ -254,7 +275,7 @@ fn host_bits_of_prefixes_are_cut() {
 proptest! {
     #[test]
     fn nothing_makes_the_parser_panic(body in proptest::collection::vec(any::<u8>(), 0..400)) {
-        if let Ok(directory) = parse(&body, &Policy::default(), now()) {
+        if let Ok(directory) = parse(&body, &Policy::default(), &PoolRecord::default(), now()) {
             prop_assert!(directory.providers.iter().all(|p| p.endpoint.port() > 0));
         }
     }
@@ -264,7 +285,7 @@ proptest! {
         let mut body = serde_json::json!([entry(1), entry(2)]).to_string().into_bytes();
         let at = at.index(body.len());
         body[at] = byte;
-        if let Ok(directory) = parse(&body, &Policy::default(), now()) {
+        if let Ok(directory) = parse(&body, &Policy::default(), &PoolRecord::default(), now()) {
             for provider in directory.providers {
                 prop_assert!(is_global_unicast(provider.endpoint.ip()) && provider.endpoint.port() > 0);
                 prop_assert!(provider.probe.is_none_or(|probe| probe.ip() == provider.endpoint.ip()));

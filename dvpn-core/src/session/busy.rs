@@ -51,6 +51,7 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => State::Discovering(question),
         }
@@ -80,6 +81,7 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => State::Probing(probing),
         }
@@ -112,6 +114,7 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => State::Authorizing(authorizing),
         }
@@ -127,7 +130,7 @@ impl Session {
         };
         let subscription = match self.verified(id, verification) {
             Verdict::Paid(subscription) => subscription,
-            Verdict::NotPaid(failure) => return self.refuse(failure),
+            Verdict::NotPaid(failure) | Verdict::CannotAsk(failure) => return self.refuse(failure),
             Verdict::CannotTell(failure) => return self.back_off(failure),
         };
         match step {
@@ -136,6 +139,7 @@ impl Session {
                     question.attempt,
                     Box::new(provider.clone()),
                     subscription,
+                    None,
                 ));
                 let question = self.within(question.attempt, ANSWER_TIMEOUT);
                 State::Authorizing(Authorizing {
@@ -218,6 +222,7 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => State::Provisioning(provisioning),
         }
@@ -230,7 +235,7 @@ impl Session {
         };
         match self.verified(id, verification) {
             Verdict::Paid(subscription) => self.ask_orchestrator(attempt, subscription),
-            Verdict::NotPaid(failure) => self.refuse(failure),
+            Verdict::NotPaid(failure) | Verdict::CannotAsk(failure) => self.refuse(failure),
             Verdict::CannotTell(failure) => self.back_off(failure),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
@@ -35,6 +36,7 @@ pub(crate) fn directory(n: u8) -> Directory {
         providers: (1..=n).map(provider).collect(),
         version: None,
         expires_at: None,
+        signer: None,
     }
 }
 
@@ -76,16 +78,24 @@ pub(crate) fn subscription(now: Now, time: Duration) -> Subscription {
     }
 }
 
-/// A real approval at a provider, good for `time`.
+/// A real approval at a provider, good for `time`, for a key of its own; always at the same tunnel address.
 pub(crate) fn approval(provider: &Provider, now: Now, time: Duration) -> Box<Approval> {
+    approval_at("10.96.0.2", provider, now, time)
+}
+
+pub(crate) fn approval_at(address: &str, provider: &Provider, now: Now, time: Duration) -> Box<Approval> {
+    static KEYS: AtomicU64 = AtomicU64::new(0);
+    let mut key = [200; 32];
+    key[..8].copy_from_slice(&KEYS.fetch_add(1, Ordering::Relaxed).to_be_bytes());
     let until = now.wall.checked_add(time).unwrap();
-    let body = format!(r#"{{"address":"10.96.0.2/32","expires_at":"{until}"}}"#);
+    let body = format!(r#"{{"address":"{address}/32","gateways":["10.96.0.1"],"expires_at":"{until}"}}"#);
     let asked = PoolRequest {
         subscription: &subscription(now, Duration::from_hours(1000)),
         provider,
-        client_key: &PublicKey::from_bytes([200; 32]).unwrap(),
+        client_key: &PublicKey::from_bytes(key).unwrap(),
         static_addresses: &[],
         pool_key: None,
+        last_serial: None,
         now: now.wall,
     };
     Box::new(Approval::from_pool(&asked, 200, body.as_bytes()).unwrap())

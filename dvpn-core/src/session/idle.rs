@@ -49,6 +49,7 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => State::Disconnected(idle),
         }
@@ -93,6 +94,7 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => State::Backoff(backoff),
         }
@@ -129,6 +131,7 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => State::Blocked(blocked),
         }
@@ -175,7 +178,11 @@ impl Session {
                     how: "the next provider is tried; if none answers, check that UDP passes".into(),
                     retry: Retry::Now,
                 };
-                self.tear_down(connecting.question.attempt, Then::Next(connecting.run, failure))
+                self.abandon(
+                    connecting.question.attempt,
+                    &connecting.approval,
+                    Then::Next(connecting.run, failure),
+                )
             }
             State::Connected(tunnel) | State::Degraded(tunnel) => self.tunnel_due(tunnel),
             State::Disconnecting(mut disconnecting) if self.is_over(disconnecting.question.deadline) => {

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use dvpn_common::{
     ids::{ProviderId, Region},
+    keys::PublicKey,
     status::ProbeMethod,
 };
 
@@ -86,6 +87,25 @@ pub struct Traffic {
     pub rx_bytes: u64,
 }
 
+/// A key that a pool admitted and that is used no more: told to the pool, so that what was reserved for it returns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Release {
+    /// Where it was admitted.
+    pub provider: ProviderId,
+    /// Which.
+    pub client_key: PublicKey,
+}
+
+impl Release {
+    /// Of an approval, if it was the pool that gave it.
+    pub(super) fn of(approval: &Approval) -> Option<Self> {
+        approval.is_from_pool().then(|| Self {
+            provider: approval.provider().id.clone(),
+            client_key: *approval.client_key(),
+        })
+    }
+}
+
 /// What happened.
 #[derive(Debug, Clone)]
 pub enum Input {
@@ -109,6 +129,8 @@ pub enum Input {
     HandshakeSeen(Attempt),
     /// Totals, sampled once a second while a tunnel stands.
     TrafficSampled(Attempt, Traffic),
+    /// The standing tunnel goes on under the renewed approval, or still under the old one.
+    TunnelRenewed(Attempt, Result<(), Failure>),
     /// The tunnel broke by itself: interface deleted, device died.
     TunnelLost(Attempt, Failure),
     /// The tunnel is gone, as asked (also when there was none).
@@ -133,8 +155,9 @@ pub enum Action {
     /// Ask the payment server about the token for this provider ([`super::FALLBACK_ID`] before one is provisioned);
     /// answer `Verified`.
     Verify(Attempt, ProviderId),
-    /// Ask the pool to admit a fresh key at this provider; answer `Approved`.
-    Approve(Attempt, Box<Provider>, Subscription),
+    /// Ask the pool to admit a fresh key at this provider; answer `Approved`. With a key, the fresh one is to follow that
+    /// one without a break.
+    Approve(Attempt, Box<Provider>, Subscription, Option<PublicKey>),
     /// Ask the orchestrator for a provider; answer `Provisioned`.
     Provision(Attempt, Subscription),
     /// Nobody waits for the answer of this try any more: end its request, probes or script.
@@ -147,8 +170,12 @@ pub enum Action {
     ProbeTunnel(Attempt),
     /// Give the tunnel a new outer socket.
     RebindTunnel(Attempt),
+    /// Let the standing tunnel go on under this approval, without losing a packet; answer `TunnelRenewed`.
+    RenewTunnel(Attempt, Box<Approval>),
     /// Take the tunnel down; answer `TornDown`.
     TearDown(Attempt),
+    /// Tell the pool that a key is used no more, as well as it can be told: nobody waits for it.
+    Release(Release),
     /// Make the firewall this.
     SetFirewall(Policy),
     /// Store the wish, so that a restart goes on with it.

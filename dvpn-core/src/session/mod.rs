@@ -24,9 +24,10 @@
 //! [`Session::poll_action`] gives in order, sleep until [`Session::poll_timeout`]. Every question carries an
 //! [`Attempt`]; an answer with another number than the one awaited is dropped.
 //!
-//! An approval is renewed beside the running tunnel from half of its life on: verify, approve, then the old tunnel goes
-//! down and the same provider is connected under the fresh approval (`Connected → Disconnecting → Connecting`). While
-//! that fails the tunnel stays until the approval's end.
+//! An approval is renewed beside the running tunnel from half of its life on: verify, approve, then the tunnel goes over
+//! to the fresh key while it stands (`RenewTunnel`), and the state stays. Where the fresh approval gives other addresses,
+//! or the hand-over fails again and again, the same provider is connected anew under it (`Connected → Disconnecting →
+//! Connecting`). While no fresh approval is to be had the tunnel stays until the old one's end.
 
 mod busy;
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub(crate) mod fixtures;
 mod idle;
 mod io;
 mod liveness;
+mod renewal;
 mod standing;
 mod state;
 mod steps;
@@ -52,7 +54,7 @@ use dvpn_common::status::{CandidateStatus, PaymentStatus, Problem, StateName};
 use jiff::Timestamp;
 use rand::{SeedableRng as _, rngs::StdRng};
 
-pub use io::{Action, Attempt, Choice, Input, Measurement, Restored, SessionConfig, Traffic};
+pub use io::{Action, Attempt, Choice, Input, Measurement, Release, Restored, SessionConfig, Traffic};
 use state::{Idle, Renewal, State};
 
 use crate::{
@@ -223,6 +225,7 @@ impl Session {
                     Renewal::Verifying(question) | Renewal::Approving(question) => {
                         (question.deadline, "no renewed approval")
                     }
+                    Renewal::HandingOver(hand_over) => (hand_over.question.deadline, "hand-over of the tunnel"),
                 };
                 let traffic = (tunnel.liveness.assess_at(), "no traffic sample");
                 let end = (self.instant_of(tunnel.approval.expires_at()), "end of the approval");
@@ -240,6 +243,22 @@ impl Session {
     /// `SetFirewall`: what was found is left as it is.
     pub fn firewall(&self) -> Option<&Policy> {
         self.policy.as_ref()
+    }
+
+    /// The keys that a pool holds for the standing tunnel: for an end that does not wait for the machine.
+    pub fn held(&self) -> Vec<Release> {
+        match &self.state {
+            State::Connecting(connecting) => Release::of(&connecting.approval).into_iter().collect(),
+            State::Connected(tunnel) | State::Degraded(tunnel) => tunnel.held(),
+            State::Disconnecting(disconnecting) => disconnecting.release.clone(),
+            State::Disconnected(_)
+            | State::Discovering(_)
+            | State::Probing(_)
+            | State::Authorizing(_)
+            | State::Provisioning(_)
+            | State::Backoff(_)
+            | State::Blocked(_) => Vec::new(),
+        }
     }
 
     /// Everything worth showing.

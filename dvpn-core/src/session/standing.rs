@@ -1,13 +1,12 @@
 //! Edges out of the states with a tunnel: Connecting, Connected, Degraded and Disconnecting.
 
 use super::{
-    Action, Attempt, Input, Session, SessionConfig,
+    Action, Input, Release, Session, SessionConfig,
     liveness::Remedy,
-    state::{Connecting, Disconnecting, Renewal, Run, State, Then, Tunnel},
-    steps::{ANSWER_TIMEOUT, GOOD_CONNECTION, HANDSHAKE_TIMEOUT},
-    trust::Verdict,
+    state::{Connecting, Disconnecting, Run, State, Then, Tunnel},
+    steps::{GOOD_CONNECTION, HANDSHAKE_TIMEOUT},
 };
-use crate::{Failure, Retry, approval::Approval, payment::Verification};
+use crate::{Failure, Retry, approval::Approval};
 
 impl Session {
     pub(super) fn in_connecting(&mut self, mut connecting: Connecting, input: Input) -> State {
@@ -18,30 +17,30 @@ impl Session {
                 State::Connecting(connecting)
             }
             Input::TunnelConfigured(attempt, Err(failure)) | Input::TunnelLost(attempt, failure) if attempt == ours => {
-                self.tear_down(ours, Then::Next(connecting.run, failure))
+                self.abandon(ours, &connecting.approval, Then::Next(connecting.run, failure))
             }
             Input::HandshakeSeen(attempt) if attempt == ours => self.stand(ours, connecting.approval),
             Input::Start(choice) => {
                 let changed = self.wish(choice);
                 if changed && !self.allows(connecting.approval.provider()) {
-                    return self.tear_down(ours, Then::Discover);
+                    return self.abandon(ours, &connecting.approval, Then::Discover);
                 }
                 State::Connecting(connecting)
             }
             Input::Stop => {
                 self.forget_wish();
-                self.tear_down(ours, Then::Stop)
+                self.abandon(ours, &connecting.approval, Then::Stop)
             }
             Input::TokenChanged => {
                 self.forget_subscription();
-                self.tear_down(ours, Then::Discover)
+                self.abandon(ours, &connecting.approval, Then::Discover)
             }
             Input::ConfigChanged(config) => {
                 self.configure(*config);
                 if self.may_keep(&connecting.approval) {
                     State::Connecting(connecting)
                 } else {
-                    self.tear_down(ours, Then::Discover)
+                    self.abandon(ours, &connecting.approval, Then::Discover)
                 }
             }
             Input::NetworkChanged => {
@@ -51,7 +50,7 @@ impl Session {
             }
             Input::FirewallFailed(failure) => {
                 if self.firewall_failed(failure.clone()) {
-                    return self.tear_down(ours, Then::RefuseUnblocked(failure));
+                    return self.abandon(ours, &connecting.approval, Then::RefuseUnblocked(failure));
                 }
                 State::Connecting(connecting)
             }
@@ -63,6 +62,7 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => State::Connecting(connecting),
         }
@@ -92,6 +92,7 @@ impl Session {
             }
             Input::Verified(attempt, verification) => self.renewal_verified(tunnel, attempt, verification),
             Input::Approved(attempt, answer) => self.renewal_approved(tunnel, attempt, answer),
+            Input::TunnelRenewed(attempt, answer) => self.renewed(tunnel, attempt, answer),
             Input::Start(choice) => {
                 let changed = self.wish(choice);
                 if changed && !self.allows(tunnel.approval.provider()) {
@@ -106,10 +107,11 @@ impl Session {
             }
             Input::TokenChanged => {
                 self.forget_subscription();
-                self.cancel_renewal(&tunnel);
-                tunnel.renewal = Renewal::Waiting(self.now.wall);
-                self.renewal_due(&mut tunnel);
-                stays(tunnel)
+                self.renew_at_once(&mut tunnel);
+                match self.renewal_due(tunnel) {
+                    Ok(tunnel) => stays(tunnel),
+                    Err(ended) => *ended,
+                }
             }
             Input::ConfigChanged(config) => self.reconfigured(tunnel, *config),
             Input::NetworkChanged => {
@@ -179,7 +181,7 @@ impl Session {
     }
 
     /// What is due beside a tunnel's traffic.
-    pub(super) fn tunnel_due(&mut self, mut tunnel: Tunnel) -> State {
+    pub(super) fn tunnel_due(&mut self, tunnel: Tunnel) -> State {
         if self.now.wall >= tunnel.approval.expires_at() {
             self.problem = Some(Failure {
                 what: format!(
@@ -191,7 +193,10 @@ impl Session {
             });
             return self.end(&tunnel, "the approval ended", Then::Discover);
         }
-        self.renewal_due(&mut tunnel);
+        let mut tunnel = match self.renewal_due(tunnel) {
+            Ok(tunnel) => tunnel,
+            Err(ended) => return *ended,
+        };
         if self.is_over(tunnel.liveness.assess_at()) {
             let remedy = tunnel.liveness.overdue(self.now.instant);
             return self.remedy(tunnel, remedy);
@@ -199,94 +204,10 @@ impl Session {
         stays(tunnel)
     }
 
-    /// Begins a renewal that is due, or gives up one whose answer is lost.
-    fn renewal_due(&mut self, tunnel: &mut Tunnel) {
-        match &tunnel.renewal {
-            Renewal::Waiting(at) if self.now.wall >= *at => {
-                let attempt = self.fresh();
-                self.out
-                    .push(Action::Verify(attempt, tunnel.approval.provider().id.clone()));
-                tunnel.renewal = Renewal::Verifying(self.within(attempt, ANSWER_TIMEOUT));
-            }
-            Renewal::Verifying(question) | Renewal::Approving(question) if self.is_over(question.deadline) => {
-                self.cancel_renewal(tunnel);
-                tunnel.renewal = self.renew_later(&tunnel.approval);
-            }
-            Renewal::Waiting(_) | Renewal::Verifying(_) | Renewal::Approving(_) => {}
-        }
-    }
-
-    fn renewal_verified(&mut self, mut tunnel: Tunnel, attempt: Attempt, verification: Verification) -> State {
-        let Renewal::Verifying(question) = &tunnel.renewal else {
-            return stays(tunnel);
-        };
-        if question.attempt != attempt {
-            return stays(tunnel);
-        }
-        let provider = tunnel.approval.provider().clone();
-        match self.verified(provider.id.clone(), verification) {
-            // Asking again for what cannot last longer would only cut the connection.
-            Verdict::Paid(subscription) if subscription.valid_until() > tunnel.approval.expires_at() => {
-                self.out
-                    .push(Action::Approve(attempt, Box::new(provider), subscription));
-                tunnel.renewal = Renewal::Approving(self.within(attempt, ANSWER_TIMEOUT));
-                stays(tunnel)
-            }
-            Verdict::Paid(_) => {
-                tunnel.renewal = self.renew_later(&tunnel.approval);
-                stays(tunnel)
-            }
-            Verdict::CannotTell(failure) => {
-                self.problem = Some(failure);
-                tunnel.renewal = self.renew_later(&tunnel.approval);
-                stays(tunnel)
-            }
-            Verdict::NotPaid(failure) => {
-                tunnel.renewal = self.renew_later(&tunnel.approval);
-                self.end(&tunnel, "the payment does not hold any more", Then::Refuse(failure))
-            }
-        }
-    }
-
-    fn renewal_approved(
-        &mut self,
-        mut tunnel: Tunnel,
-        attempt: Attempt,
-        answer: Result<Box<Approval>, Failure>,
-    ) -> State {
-        let Renewal::Approving(question) = &tunnel.renewal else {
-            return stays(tunnel);
-        };
-        if question.attempt != attempt {
-            return stays(tunnel);
-        }
-        tunnel.renewal = self.renew_later(&tunnel.approval);
-        let provider = tunnel.approval.provider().clone();
-        match self.admitted(&provider, answer) {
-            Ok(fresh) if fresh.expires_at() > tunnel.approval.expires_at() => {
-                self.end(&tunnel, "renewed", Then::Connect(attempt, fresh))
-            }
-            Ok(_) => stays(tunnel),
-            Err(failure) => {
-                self.problem = Some(failure);
-                stays(tunnel)
-            }
-        }
-    }
-
-    pub(super) fn cancel_renewal(&mut self, tunnel: &Tunnel) {
-        match &tunnel.renewal {
-            Renewal::Waiting(_) => {}
-            Renewal::Verifying(question) | Renewal::Approving(question) => {
-                self.out.push(Action::Cancel(question.attempt));
-            }
-        }
-    }
-
     pub(super) fn in_disconnecting(&mut self, mut disconnecting: Disconnecting, input: Input) -> State {
         match input {
             Input::TornDown(attempt) if attempt == disconnecting.question.attempt => {
-                return self.torn_down(disconnecting.then);
+                return self.torn_down(disconnecting);
             }
             Input::Start(choice) => {
                 let changed = self.wish(choice);
@@ -322,19 +243,35 @@ impl Session {
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
+            | Input::TunnelRenewed(..)
             | Input::TunnelLost(..)
             | Input::TornDown(_) => {}
         }
         State::Disconnecting(disconnecting)
     }
 
-    fn torn_down(&mut self, then: Then) -> State {
+    fn torn_down(&mut self, disconnecting: Disconnecting) -> State {
+        let Disconnecting { then, release, .. } = disconnecting;
+        let then = match then {
+            // It ended while the tunnel went down.
+            Then::Connect(_, approval) if !self.lasts(&approval) => Then::Discover,
+            then @ (Then::Stop
+            | Then::Discover
+            | Then::Next(..)
+            | Then::Connect(..)
+            | Then::BackOff
+            | Then::Refuse(_)
+            | Then::RefuseUnblocked(_)) => then,
+        };
+        for release in release {
+            if !goes_on_with(&then, &release) {
+                self.out.push(Action::Release(release));
+            }
+        }
         match then {
             Then::Stop => self.rest(),
-            Then::Connect(attempt, approval) if self.lasts(&approval) => {
-                self.connect(attempt, approval, Run::default())
-            }
-            Then::Discover | Then::Connect(..) => self.begin(),
+            Then::Connect(attempt, approval) => self.connect(attempt, approval, Run::default()),
+            Then::Discover => self.begin(),
             Then::Next(run, failure) => self.next_candidate(run, failure),
             Then::BackOff => self.pause(),
             Then::Refuse(failure) => self.refuse(failure),
@@ -364,7 +301,17 @@ fn sooner(then: Then) -> Then {
     }
 }
 
-fn stays(tunnel: Tunnel) -> State {
+/// Whether a key that was to be released is the one to be connected with now.
+fn goes_on_with(then: &Then, release: &Release) -> bool {
+    match then {
+        Then::Connect(_, approval) => *approval.client_key() == release.client_key,
+        Then::Stop | Then::Discover | Then::Next(..) | Then::BackOff | Then::Refuse(_) | Then::RefuseUnblocked(_) => {
+            false
+        }
+    }
+}
+
+pub(super) fn stays(tunnel: Tunnel) -> State {
     if tunnel.liveness.is_degraded() {
         State::Degraded(tunnel)
     } else {

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, time::Instant};
 use dvpn_common::status::StateName;
 use jiff::Timestamp;
 
-use super::{Attempt, liveness::Liveness};
+use super::{Attempt, Release, liveness::Liveness};
 use crate::{Failure, approval::Approval, directory::Provider, firewall::Phase};
 
 /// Where the session is.
@@ -124,12 +124,31 @@ pub(super) enum Renewal {
     Verifying(Question),
     /// Whether the pool admits a fresh key.
     Approving(Question),
+    /// The tunnel goes over to the fresh approval.
+    HandingOver(HandOver),
+}
+
+/// A tunnel on its way from one approval to the next.
+#[derive(Debug)]
+pub(super) struct HandOver {
+    /// The renewal's number; its deadline is the device's answer, or the next try.
+    pub(super) question: Question,
+    /// What the tunnel is to go on under.
+    pub(super) approval: Box<Approval>,
+    /// Tries that failed.
+    pub(super) failed: u32,
+    /// True while the next try is waited for.
+    pub(super) pausing: bool,
+    /// The token changed meanwhile: what is handed over to is to be renewed as soon as it stands.
+    pub(super) renew_again: bool,
 }
 
 #[derive(Debug)]
 pub(super) struct Disconnecting {
     pub(super) question: Question,
     pub(super) then: Then,
+    /// Keys that nobody uses once the tunnel is gone.
+    pub(super) release: Vec<Release>,
 }
 
 /// What follows once the tunnel is gone.

@@ -11,7 +11,7 @@ use jiff::SignedDuration;
 use rand::RngExt as _;
 
 use super::{
-    Action, Attempt, Choice, FALLBACK_ID, Measurement, Session, SessionConfig,
+    Action, Attempt, Choice, FALLBACK_ID, Measurement, Release, Session, SessionConfig,
     liveness::Liveness,
     state::{
         Authorizing, Backoff, Blocked, Connecting, Disconnecting, Idle, Probing, Provisioning, Question, Run, State,
@@ -378,12 +378,17 @@ impl Session {
         })
     }
 
-    /// Takes a tunnel down, whether it stands or is half made.
-    pub(super) fn tear_down(&mut self, attempt: Attempt, then: Then) -> State {
+    /// Takes a tunnel down that has not shaken hands yet.
+    pub(super) fn abandon(&mut self, attempt: Attempt, approval: &Approval, then: Then) -> State {
+        self.tear_down(attempt, Release::of(approval).into_iter().collect(), then)
+    }
+
+    fn tear_down(&mut self, attempt: Attempt, release: Vec<Release>, then: Then) -> State {
         self.out.push(Action::TearDown(attempt));
         State::Disconnecting(Disconnecting {
             question: self.within(attempt, TEAR_DOWN_TIMEOUT),
             then,
+            release,
         })
     }
 
@@ -395,7 +400,7 @@ impl Session {
             provider,
             reason: reason.to_owned(),
         });
-        self.tear_down(tunnel.attempt, then)
+        self.tear_down(tunnel.attempt, tunnel.held(), then)
     }
 
     pub(super) fn back_off(&mut self, failure: Failure) -> State {

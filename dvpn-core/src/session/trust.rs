@@ -21,6 +21,9 @@ pub(super) enum Verdict {
     Paid(Subscription),
     NotPaid(Failure),
     CannotTell(Failure),
+    /// Nobody was asked, and nobody can be until somebody acts: the token is missing, or sealed away. That says nothing
+    /// about the payment.
+    CannotAsk(Failure),
 }
 
 impl Session {
@@ -59,6 +62,10 @@ impl Session {
                 let outcome = VerificationOutcome::CannotTell {
                     reason: failure.to_string(),
                 };
+                if failure.retry == Retry::Never {
+                    self.audit(Event::PaymentVerified { provider, outcome });
+                    return Verdict::CannotAsk(failure);
+                }
                 match self.subscription.filter(|held| held.is_valid(self.now.wall)) {
                     Some(held) => {
                         self.problem = Some(failure);

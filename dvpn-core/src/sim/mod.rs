@@ -50,6 +50,7 @@ impl fmt::Display for Report {
             tunnels,
             switches,
             provisions,
+            renewals,
             restarts,
         } = self.counts;
         let runs = self.seeds.end.saturating_sub(self.seeds.start);
@@ -63,7 +64,10 @@ impl fmt::Display for Report {
             f,
             "{steps} steps, {attempts} attempts, {tunnels} tunnels, {switches} unasked changes of provider"
         )?;
-        writeln!(f, "{provisions} fallback providers, {restarts} restarts of the daemon")?;
+        writeln!(
+            f,
+            "{provisions} fallback providers, {renewals} renewals, {restarts} restarts of the daemon"
+        )?;
         for (seed, broken) in &self.failures {
             writeln!(f, "seed {seed}: {broken}")?;
         }
@@ -91,6 +95,7 @@ pub fn run(seeds: Range<u64>, start: Now) -> Report {
         sum.tunnels += one.tunnels;
         sum.switches += one.switches;
         sum.provisions += one.provisions;
+        sum.renewals += one.renewals;
         sum.restarts += one.restarts;
         match result {
             Ok(()) => {}
@@ -123,6 +128,7 @@ mod tests {
             ("tunnels", counts.tunnels),
             ("switches", counts.switches),
             ("provisions", counts.provisions),
+            ("renewals", counts.renewals),
             ("restarts", counts.restarts),
         ] {
             assert!(count > 4_000, "{count} {what} in 10,000 worlds");

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use dvpn_common::status::StateName;
+use dvpn_common::{keys::PublicKey, status::StateName};
 
 use crate::{
     Now,
@@ -59,6 +59,10 @@ pub struct Watch {
     subscriptions: Vec<Subscription>,
     /// The tunnel that was configured and not reported gone.
     tunnel: Option<Attempt>,
+    /// The key it uses.
+    key: Option<PublicKey>,
+    /// Keys that a pool admitted for tunnels, and that were not released.
+    held: BTreeSet<PublicKey>,
     last_rx: Option<(Now, u64)>,
 }
 
@@ -70,6 +74,7 @@ enum Kind {
     Approved,
     Provisioned,
     Configured,
+    Renewed,
     TornDown,
 }
 
@@ -89,6 +94,8 @@ impl Watch {
             approvals: BTreeMap::new(),
             subscriptions: restored.subscription.into_iter().collect(),
             tunnel: None,
+            key: None,
+            held: BTreeSet::new(),
             last_rx: None,
         }
     }
@@ -187,10 +194,19 @@ impl Watch {
                 awaited
             }
             Input::TunnelConfigured(attempt, _) => self.open.remove(&(*attempt, Kind::Configured)),
+            Input::TunnelRenewed(attempt, answer) => {
+                let awaited = self.open.remove(&(*attempt, Kind::Renewed));
+                if awaited && answer.is_ok() {
+                    self.key = self.approvals.get(attempt).map(|approval| *approval.client_key());
+                }
+                awaited
+            }
             Input::TornDown(attempt) => {
                 let awaited = self.open.remove(&(*attempt, Kind::TornDown));
                 if awaited {
                     self.tunnel = None;
+                    self.key = None;
+                    self.open.retain(|(_, kind)| *kind != Kind::Renewed);
                 }
                 awaited
             }
@@ -248,6 +264,10 @@ impl Watch {
             | StateName::Blocked => hold!(self.tunnel.is_none(), "a tunnel stands in {:?}", session.state()),
             StateName::Disconnecting => {}
         }
+        hold!(
+            self.tunnel.is_some() || self.held.is_empty(),
+            "no tunnel, and keys that were not released"
+        );
         Ok(())
     }
 
@@ -295,8 +315,12 @@ impl Watch {
                 self.number(*attempt, false)?;
                 self.open.insert((*attempt, Kind::Verified));
             }
-            Action::Approve(attempt, provider, subscription) => {
+            Action::Approve(attempt, provider, subscription, renews) => {
                 self.number(*attempt, false)?;
+                hold!(
+                    renews.is_none() || *renews == self.key,
+                    "a key is to be followed that is not the tunnel's"
+                );
                 hold!(
                     self.is_paid(subscription, now),
                     "an approval is asked for without a verified subscription"
@@ -320,8 +344,11 @@ impl Watch {
             Action::Cancel(attempt) => self.open.retain(|(open, _)| open != attempt),
             Action::ConfigureTunnel(attempt, approval) => {
                 self.number(*attempt, false)?;
-                self.check_tunnel(*attempt, approval, now)?;
+                self.check_approval(*attempt, approval, now)?;
+                self.check_tunnel(approval)?;
                 self.tunnel = Some(*attempt);
+                self.key = Some(*approval.client_key());
+                self.hold(approval);
                 self.last_rx = None;
                 self.open.insert((*attempt, Kind::Configured));
             }
@@ -331,12 +358,32 @@ impl Watch {
                     "{action:?} for a tunnel that does not stand"
                 );
             }
+            Action::RenewTunnel(attempt, approval) => {
+                self.number(*attempt, false)?;
+                self.check_approval(*attempt, approval, now)?;
+                hold!(self.tunnel.is_some(), "a renewal without a tunnel");
+                self.hold(approval);
+                self.open.insert((*attempt, Kind::Renewed));
+            }
+            Action::Release(release) => {
+                let key = release.client_key;
+                hold!(self.key != Some(key), "the key of the standing tunnel is released");
+                let known =
+                    |approval: &Approval| *approval.client_key() == key && approval.provider().id == release.provider;
+                hold!(
+                    self.approvals.values().any(|approval| known(approval)),
+                    "a key is released that nobody admitted"
+                );
+                self.held.remove(&key);
+            }
             Action::TearDown(attempt) => {
                 hold!(
                     self.tunnel == Some(*attempt),
                     "{action:?} for a tunnel that does not stand"
                 );
-                self.open.retain(|(open, _)| open != attempt);
+                // A hand-over that is under way ends with the device.
+                self.open
+                    .retain(|(open, kind)| open != attempt && *kind != Kind::Renewed);
                 self.open.insert((*attempt, Kind::TornDown));
             }
             Action::SetFirewall(policy) => {
@@ -369,8 +416,14 @@ impl Watch {
         Ok(())
     }
 
+    fn hold(&mut self, approval: &Approval) {
+        if approval.is_from_pool() {
+            self.held.insert(*approval.client_key());
+        }
+    }
+
     /// Verified, approved, tunnel: in this order, for this number, for this provider.
-    fn check_tunnel(&self, attempt: Attempt, approval: &Approval, now: Now) -> Result<(), Broken> {
+    fn check_approval(&self, attempt: Attempt, approval: &Approval, now: Now) -> Result<(), Broken> {
         let given = self.approvals.get(&attempt);
         hold!(
             given.is_some_and(|given| **given == *approval),
@@ -388,6 +441,10 @@ impl Watch {
             approval.expires_at() > now.wall,
             "a tunnel under an approval that is over"
         );
+        Ok(())
+    }
+
+    fn check_tunnel(&self, approval: &Approval) -> Result<(), Broken> {
         hold!(self.tunnel.is_none(), "a second tunnel before the first is gone");
         if let Some(exemptions) = self.exemptions() {
             let endpoint = approval.provider().endpoint;
@@ -445,6 +502,7 @@ fn name_of(input: &Input) -> &'static str {
         Input::TunnelConfigured(..) => "TunnelConfigured",
         Input::HandshakeSeen(_) => "HandshakeSeen",
         Input::TrafficSampled(..) => "TrafficSampled",
+        Input::TunnelRenewed(..) => "TunnelRenewed",
         Input::TunnelLost(..) => "TunnelLost",
         Input::TornDown(_) => "TornDown",
         Input::FirewallFailed(_) => "FirewallFailed",

@@ -83,6 +83,8 @@ pub struct Counts {
     pub switches: u64,
     /// Providers made by the orchestrator.
     pub provisions: u64,
+    /// Tunnels that went over to a fresh key.
+    pub renewals: u64,
     /// Restarts of the daemon.
     pub restarts: u64,
 }
@@ -330,11 +332,14 @@ impl World {
                 Action::Discover(attempt) => self.list(attempt),
                 Action::Probe(attempt, providers) => self.measure(attempt, &providers),
                 Action::Verify(attempt, _) => self.verify(attempt),
-                Action::Approve(attempt, provider, subscription) => self.approve(attempt, &provider, &subscription),
+                Action::Approve(attempt, provider, subscription, renews) => {
+                    self.approve(attempt, &provider, &subscription, renews.is_some());
+                }
                 Action::Provision(attempt, subscription) => self.provision(attempt, &subscription),
                 // Answers already under way come all the same: the machine must not mind.
-                Action::Cancel(_) | Action::SetFirewall(_) | Action::Audit(_) => {}
+                Action::Cancel(_) | Action::SetFirewall(_) | Action::Audit(_) | Action::Release(_) => {}
                 Action::ConfigureTunnel(attempt, approval) => self.configure(attempt, &approval),
+                Action::RenewTunnel(attempt, _) => self.hand_over(attempt),
                 Action::ForceHandshake(attempt) | Action::RebindTunnel(attempt) => {
                     self.at(Duration::from_millis(20), Event::Handshake(attempt, 3));
                 }
@@ -367,6 +372,19 @@ impl World {
         });
         self.tell(delay, Input::TunnelConfigured(attempt, Ok(())));
         self.at(delay + Duration::from_millis(20), Event::Handshake(attempt, 0));
+    }
+
+    /// The device goes over to another key, or does not; once in a while it hangs.
+    fn hand_over(&mut self, attempt: Attempt) {
+        let delay = Duration::from_millis(self.rng.random_range(50..3_000));
+        let luck = if self.healed { 0 } else { self.rng.random_range(0..20) };
+        let answer = match luck {
+            19 => return,
+            16..=18 => Err(failure("no answer from the gateway", Retry::Backoff)),
+            _ => Ok(()),
+        };
+        self.counts.renewals += u64::from(answer.is_ok());
+        self.tell(delay, Input::TunnelRenewed(attempt, answer));
     }
 
     fn probe_tunnel(&mut self, attempt: Attempt) {

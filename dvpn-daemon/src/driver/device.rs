@@ -30,7 +30,7 @@ use crate::{
     host::{ClientGuard, ClientNetwork, Host},
     socks5::TunnelPath,
     tunnel::{
-        CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Tunnel, TunnelConfig,
+        CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Renewal, Tunnel, TunnelConfig,
         userspace::UserspaceTunnel,
     },
 };
@@ -48,6 +48,8 @@ const PROBE_QUERY: [u8; 17] = [0x64, 0x76, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2
 pub(super) enum Order {
     /// Make the device for this approval, with the key that was approved.
     Configure(Attempt, Box<Approval>, PrivateKey),
+    /// Go over to this approval, with the key that was approved, without losing a packet.
+    Renew(Attempt, Box<Approval>, PrivateKey),
     /// Shake hands now.
     Handshake(Attempt),
     /// Send something that a living provider answers.
@@ -108,6 +110,11 @@ pub(super) fn spawn(
                         Err(failure) => Err(failure),
                     };
                     tell(&inputs, Input::TunnelConfigured(attempt, answer)).await;
+                }
+                Order::Renew(attempt, approval, key) => {
+                    if let Some(device) = device.as_mut() {
+                        renew(device, &inputs, attempt, &approval, key);
+                    }
                 }
                 Order::Handshake(attempt) => {
                     if let Some(device) = device.as_mut().filter(|device| device.attempt == attempt) {
@@ -211,12 +218,7 @@ async fn configure(
         fwmark: FWMARK,
         mtu_bytes,
         offload: true,
-        peers: vec![PeerConfig {
-            public_key: provider.public_key,
-            endpoint: Some(provider.endpoint),
-            allowed_ips: provider.allowed_ips.clone(),
-            keepalive: None,
-        }],
+        peers: vec![peer_of(approval)],
     };
     let tunnel = UserspaceTunnel::create(config)
         .await
@@ -373,6 +375,49 @@ async fn observe(
             };
             tell(&inputs, Input::TunnelLost(attempt, failure)).await;
         }
+    }
+}
+
+/// Begins the hand-over, which ends with the device.
+fn renew(device: &mut Device, inputs: &mpsc::Sender<Input>, attempt: Attempt, approval: &Approval, key: PrivateKey) {
+    let (tunnel, inputs) = (Arc::clone(&device.tunnel), inputs.clone());
+    let ends = approval.addresses().iter().find_map(|ours| {
+        let same_family = |gateway: &&IpAddr| gateway.is_ipv4() == ours.is_ipv4();
+        Some((ours.ip(), *approval.gateways().iter().find(same_family)?))
+    });
+    let peer = peer_of(approval);
+    device.spawn(async move {
+        let answer = match ends {
+            None => Err(Failure {
+                what: "no gateway shows when the tunnel has moved to its fresh key".to_owned(),
+                how: "the tunnel is made anew".to_owned(),
+                retry: Retry::Never,
+            }),
+            Some((source, gateway)) => {
+                let renewal = Renewal {
+                    private_key: key,
+                    peer,
+                    source,
+                    gateway,
+                };
+                let renewed = tunnel.renew(renewal).await;
+                renewed.map_err(|error| {
+                    let how = "it is tried again, and the old key is used meanwhile";
+                    failure("going over to a fresh key", &error, how)
+                })
+            }
+        };
+        tell(&inputs, Input::TunnelRenewed(attempt, answer)).await;
+    });
+}
+
+fn peer_of(approval: &Approval) -> PeerConfig {
+    let provider = approval.provider();
+    PeerConfig {
+        public_key: provider.public_key,
+        endpoint: Some(provider.endpoint),
+        allowed_ips: provider.allowed_ips.clone(),
+        keepalive: None,
     }
 }
 

@@ -4,10 +4,12 @@
 //! belongs to one task of its own ([`device`]), the requests to [`requests`].
 
 mod device;
+mod pool;
 mod requests;
 mod status;
+mod subscriptions;
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use dvpn_common::{ids::ProviderId, keys::PublicKey, status::Status};
 use dvpn_core::{
@@ -34,6 +36,9 @@ use crate::{
 };
 use device::Order;
 use requests::{Keys, Requests};
+
+/// How long the end of the daemon waits for the pool to take the connection back.
+const LAST_RELEASE: Duration = Duration::from_secs(1);
 
 /// What the driver needs of the daemon.
 pub struct Parts {
@@ -275,8 +280,8 @@ impl Driver {
                 let task = self.requests.verify(attempt, provider);
                 self.running.insert(attempt, task);
             }
-            Action::Approve(attempt, provider, subscription) => {
-                let task = self.requests.approve(attempt, *provider, subscription);
+            Action::Approve(attempt, provider, subscription, renews) => {
+                let task = self.requests.approve(attempt, *provider, subscription, renews);
                 self.running.insert(attempt, task);
             }
             Action::Provision(attempt, subscription) => {
@@ -295,6 +300,16 @@ impl Driver {
                 }
                 None => self.feed(Input::TunnelConfigured(attempt, Err(requests::key_lost()))),
             },
+            Action::RenewTunnel(attempt, approval) => {
+                // A static key stays: the device has nothing to do.
+                let key = self.keys.peek(approval.client_key());
+                match key {
+                    _ if self.requests.has_static_key() => self.feed(Input::TunnelRenewed(attempt, Ok(()))),
+                    Some(key) => self.order(Order::Renew(attempt, approval, key)).await,
+                    None => self.feed(Input::TunnelRenewed(attempt, Err(requests::key_lost()))),
+                }
+            }
+            Action::Release(release) => drop(self.requests.release(release)),
             Action::ForceHandshake(attempt) => self.order(Order::Handshake(attempt)).await,
             Action::ProbeTunnel(attempt) => self.order(Order::Probe(attempt)).await,
             Action::RebindTunnel(attempt) => self.order(Order::Rebind(attempt)).await,
@@ -366,7 +381,12 @@ impl Driver {
         }
         // The tunnel task may be telling us something that nobody will hear any more: its channel must not fill up.
         self.inputs.close();
+        let held = self.session.held();
         self.clear().await;
+        let released = futures::future::join_all(held.into_iter().map(|release| self.requests.release(release)));
+        if tokio::time::timeout(LAST_RELEASE, released).await.is_err() {
+            tracing::info!("the pool is not told in time that the connection has ended: it finds out by itself");
+        }
         if !self.parts.config.tunnel.lockdown
             && let Err(error) = self.parts.host.apply_policy(&dvpn_core::firewall::Policy::Open)
         {

@@ -7,18 +7,15 @@ use std::{
 };
 
 use dvpn_common::{
-    contract::ApproveRequest,
     ids::ProviderId,
     keys::{PrivateKey, PublicKey, VerifyingKey},
 };
 use dvpn_core::{
     Failure, Retry,
-    approval::{Approval, PoolRequest},
     config::{Config, Secret},
-    directory::{self, Provider},
-    keys::public_key,
+    directory::Provider,
     payment::{self, Subscription, Verification},
-    session::{Attempt, Input, SessionConfig},
+    session::{Attempt, Input, Release, SessionConfig},
 };
 use ipnetwork::IpNetwork;
 use jiff::Timestamp;
@@ -29,8 +26,9 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use super::Parts;
+use super::{Parts, pool::Known, subscriptions};
 use crate::{
+    audit::Audit,
     http::{Payment, Pool},
     probe,
     state::{self, State},
@@ -42,10 +40,18 @@ pub(super) struct Keys(Arc<Mutex<HashMap<PublicKey, PrivateKey>>>);
 
 impl Keys {
     /// Keeps one key; keys of approvals that never came are forgotten with it.
-    fn keep(&self, public: PublicKey, private: PrivateKey) {
+    pub(super) fn keep(&self, public: PublicKey, private: PrivateKey) {
         let mut keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         keys.clear();
         keys.insert(public, private);
+    }
+    /// The private half of an approved key, which stays: a hand-over may be tried again.
+    pub(super) fn peek(&self, public: &PublicKey) -> Option<PrivateKey> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(public)
+            .cloned()
     }
     /// Takes the private half of an approved key.
     pub(super) fn take(&self, public: &PublicKey) -> Option<PrivateKey> {
@@ -53,19 +59,24 @@ impl Keys {
     }
 }
 
-struct Shared {
-    pool: Option<Pool>,
+pub(super) struct Shared {
+    pub(super) pool: Option<Pool>,
     payment: Option<Payment>,
-    state: State,
-    keys: Keys,
-    own_node: Option<(ProviderId, PublicKey)>,
-    private_endpoints: bool,
+    pub(super) state: State,
+    pub(super) audit: Audit,
+    pub(super) keys: Keys,
+    pub(super) own_node: Option<(ProviderId, PublicKey)>,
+    pub(super) private_endpoints: bool,
     development: bool,
-    static_key: Option<PrivateKey>,
-    static_addresses: Vec<IpNetwork>,
-    pool_key: Option<VerifyingKey>,
+    pub(super) static_key: Option<PrivateKey>,
+    pub(super) static_addresses: Vec<IpNetwork>,
+    /// As configured.
+    pub(super) pool_key: Option<VerifyingKey>,
+    pub(super) known: Known,
     given_token: Option<Secret>,
     token: Mutex<Arc<OnceCell<Option<Secret>>>>,
+    /// The last yes of the payment server, and the token it was for.
+    verified: Mutex<Option<(Subscription, Secret)>>,
 }
 
 /// Asks; clones share everything.
@@ -73,9 +84,10 @@ struct Shared {
 pub(super) struct Requests {
     shared: Arc<Shared>,
     inputs: mpsc::Sender<Input>,
+    subscriptions: mpsc::UnboundedSender<subscriptions::Order>,
 }
 
-fn to_failure(what: &str, error: &dyn std::error::Error, how: &str, retry: Retry) -> Failure {
+pub(super) fn to_failure(what: &str, error: &dyn std::error::Error, how: &str, retry: Retry) -> Failure {
     Failure {
         what: format!("{what}: {error}"),
         how: how.to_owned(),
@@ -123,7 +135,7 @@ pub(super) fn key_lost() -> Failure {
 }
 
 /// A fresh WireGuard key from the operating system's generator.
-fn random_key() -> Result<PrivateKey, Failure> {
+pub(super) fn random_key() -> Result<PrivateKey, Failure> {
     let mut bytes = Zeroizing::new([0_u8; 32]);
     SysRng.try_fill_bytes(bytes.as_mut_slice()).map_err(|error| {
         to_failure(
@@ -143,6 +155,7 @@ impl Requests {
             pool: parts.pool.clone(),
             payment: parts.payment.clone(),
             state: parts.state.clone(),
+            audit: parts.audit.clone(),
             keys,
             own_node: parts.own_node.clone(),
             private_endpoints: config.pool_private,
@@ -150,12 +163,15 @@ impl Requests {
             static_key: config.tunnel.private_key.clone(),
             static_addresses: config.tunnel.addresses.clone(),
             pool_key: config.pool_public_key,
+            known: Known::default(),
             given_token: config.payment_token.clone(),
             token: Mutex::default(),
+            verified: Mutex::default(),
         };
         Self {
             shared: Arc::new(shared),
             inputs,
+            subscriptions: subscriptions::spawn(parts.state.clone()),
         }
     }
 
@@ -180,15 +196,40 @@ impl Requests {
     }
 
     pub(super) fn verify(&self, attempt: Attempt, provider: ProviderId) -> AbortHandle {
+        // The approval that follows needs the pool's challenge: it is fetched meanwhile.
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            if let Err(failure) = shared.challenge(false).await {
+                tracing::debug!("asking the pool for its challenge: {failure}");
+            }
+        });
         let shared = Arc::clone(&self.shared);
         self.spawn(async move { Input::Verified(attempt, shared.verify(&provider).await) })
     }
 
-    pub(super) fn approve(&self, attempt: Attempt, provider: Provider, subscription: Subscription) -> AbortHandle {
+    pub(super) fn approve(
+        &self,
+        attempt: Attempt,
+        provider: Provider,
+        subscription: Subscription,
+        renews: Option<PublicKey>,
+    ) -> AbortHandle {
         let shared = Arc::clone(&self.shared);
-        self.spawn(
-            async move { Input::Approved(attempt, shared.approve(&provider, &subscription).await.map(Box::new)) },
-        )
+        self.spawn(async move {
+            let answer = shared.approve(&provider, &subscription, renews).await;
+            Input::Approved(attempt, answer.map(Box::new))
+        })
+    }
+
+    /// Whether every approval is for the same key.
+    pub(super) fn has_static_key(&self) -> bool {
+        self.shared.static_key.is_some()
+    }
+
+    /// Tells the pool that a key is used no more, at most 2 s; nobody has to wait.
+    pub(super) fn release(&self, release: Release) -> tokio::task::JoinHandle<()> {
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move { shared.release(release).await })
     }
 
     pub(super) fn provision(&self, attempt: Attempt, _subscription: Subscription) -> AbortHandle {
@@ -231,24 +272,26 @@ impl Requests {
         }
     }
 
-    /// Sealing takes a while: it happens beside the session.
+    /// Stores a yes of the payment server, bound to the token it was for, or forgets it.
     pub(super) fn store_subscription(&self, subscription: Option<Subscription>) {
-        let shared = Arc::clone(&self.shared);
-        tokio::spawn(async move {
-            let Ok(Some(token)) = shared.token().await else { return };
-            let stored = match &subscription {
-                Some(subscription) => shared.state.store_subscription(subscription, &token).await,
-                None => shared.state.clear_subscription(),
-            };
-            if let Err(error) = stored {
-                tracing::warn!("storing the verified subscription: {error}");
+        let order = match subscription {
+            None => subscriptions::Order::Forget,
+            Some(subscription) => {
+                let verified = self.shared.verified.lock().unwrap_or_else(PoisonError::into_inner);
+                match verified.as_ref().filter(|(yes, _)| *yes == subscription) {
+                    Some((_, token)) => subscriptions::Order::Keep(subscription, token.clone()),
+                    None => return,
+                }
             }
-        });
+        };
+        if self.subscriptions.send(order).is_err() {
+            tracing::error!("the task that stores the verified subscription has ended: restart the daemon");
+        }
     }
 }
 
 /// Problems are logged and shown; a server that repeats the token in its words does not get it there.
-fn redacted(failure: Failure, token: &Secret) -> Failure {
+pub(super) fn redacted(failure: Failure, token: &Secret) -> Failure {
     Failure {
         what: failure.what.replace(token.expose(), "[token]"),
         ..failure
@@ -264,46 +307,6 @@ fn without_token(verification: Verification, token: &Secret) -> Verification {
 }
 
 impl Shared {
-    fn pool(&self) -> Result<&Pool, Failure> {
-        self.pool.as_ref().ok_or_else(|| Failure {
-            what: "no pool is configured".to_owned(),
-            how: "set POOL_URL".to_owned(),
-            retry: Retry::Never,
-        })
-    }
-
-    async fn list(&self) -> Result<directory::Directory, Failure> {
-        let body = self.pool()?.list().await?;
-        let own_keys: Vec<_> = self
-            .static_key
-            .as_ref()
-            .and_then(|key| public_key(key).ok())
-            .into_iter()
-            .collect();
-        let own_node = self.own_node.clone();
-        let private_endpoints = self.private_endpoints;
-        // 10,000 entries take some milliseconds of arithmetic: not on a thread that moves packets.
-        let parsed = tokio::task::spawn_blocking(move || {
-            let own_node = own_node.as_ref().map(|(id, key)| (id, key));
-            let policy = directory::Policy {
-                own_keys: &own_keys,
-                own_node,
-                private_endpoints,
-            };
-            directory::parse(&body, &policy, Timestamp::now())
-        })
-        .await;
-        match parsed {
-            Ok(parsed) => Ok(parsed?),
-            Err(error) => Err(to_failure(
-                "reading the provider list",
-                &error,
-                "trying again",
-                Retry::Backoff,
-            )),
-        }
-    }
-
     /// The configured token, or the stored one, opened once.
     async fn token(&self) -> Result<Option<Secret>, state::Error> {
         if let Some(token) = &self.given_token {
@@ -313,7 +316,7 @@ impl Shared {
         cell.get_or_try_init(|| self.state.token()).await.cloned()
     }
 
-    async fn usable_token(&self) -> Result<Secret, Failure> {
+    pub(super) async fn usable_token(&self) -> Result<Secret, Failure> {
         let token = self.token().await.map_err(|error| sealed_away(&error))?;
         let token = token.ok_or_else(no_token)?;
         payment::check_token(token.expose(), self.development)?;
@@ -323,7 +326,7 @@ impl Shared {
     async fn verify(&self, provider: &ProviderId) -> Verification {
         let token = match self.usable_token().await {
             Ok(token) => token,
-            Err(failure) if failure.retry == Retry::Never => return Verification::NotPaid(failure),
+            // Nobody was asked: that says nothing about the payment.
             Err(failure) => return Verification::CannotTell(failure),
         };
         let Some(server) = &self.payment else {
@@ -337,45 +340,15 @@ impl Shared {
             .verify(&payment::verify_request(token.expose(), provider.as_str()))
             .await
         {
-            Ok((status, body)) => without_token(payment::judge(status, &body, Timestamp::now()), &token),
+            Ok((status, body)) => {
+                let verification = without_token(payment::judge(status, &body, Timestamp::now()), &token);
+                if let Verification::Paid(subscription) = &verification {
+                    let mut verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+                    *verified = Some((*subscription, token));
+                }
+                verification
+            }
             Err(error) => Verification::CannotTell(error.into()),
         }
-    }
-
-    async fn approve(&self, provider: &Provider, subscription: &Subscription) -> Result<Approval, Failure> {
-        let token = self.usable_token().await?;
-        let key = match &self.static_key {
-            Some(key) => key.clone(),
-            None => random_key()?,
-        };
-        let client_key = public_key(&key).map_err(|error| {
-            to_failure(
-                "deriving the public key of WG_PRIVATE_KEY",
-                &error,
-                "set another one",
-                Retry::Never,
-            )
-        })?;
-        let request = ApproveRequest {
-            provider_id: provider.id.to_string(),
-            token: token.expose().to_owned(),
-            approved: true,
-            client_public_key: Some(client_key),
-            proof: None,
-            renews: None,
-        };
-        let (status, body) = self.pool()?.approve(&request).await?;
-        let asked = PoolRequest {
-            subscription,
-            provider,
-            client_key: &client_key,
-            static_addresses: &self.static_addresses,
-            pool_key: self.pool_key.as_ref(),
-            now: Timestamp::now(),
-        };
-        let approval =
-            Approval::from_pool(&asked, status, &body).map_err(|error| redacted(Failure::from(error), &token))?;
-        self.keys.keep(client_key, key);
-        Ok(approval)
     }
 }

@@ -1,8 +1,12 @@
 //! The pool: provider list and approval.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use dvpn_common::{
-    contract::{APPROVE_PATH, ApproveRequest, ErrorBody},
+    contract::{
+        APPROVE_PATH, ApproveRequest, CHALLENGE_PATH, ChallengeResponse, ErrorBody, RELEASE_PATH, ReleaseRequest,
+    },
     limits::{MAX_BODY_BYTES, MAX_LIST_BYTES},
 };
 use reqwest::Response;
@@ -49,6 +53,28 @@ impl Pool {
         let response = self.client.post(&url, request, EXCHANGE_TIMEOUT).await?;
         let status = response.status().as_u16();
         Ok((status, read_limited(response, MAX_BODY_BYTES).await?))
+    }
+
+    /// The key that proofs of possession are made for; nothing from a pool that asks for none. Such a pool may never have
+    /// heard of the path: whatever it says there but "later" is taken for that. One that wants a proof refuses an
+    /// approval without.
+    pub async fn challenge(&self) -> Result<Option<ChallengeResponse>, Error> {
+        let segments: Vec<&str> = CHALLENGE_PATH.split('/').collect();
+        let url = below(&self.url, &segments)?;
+        let response = self.client.fetch(&url, None, EXCHANGE_TIMEOUT).await?;
+        let later = matches!(response.status().as_u16(), 408 | 425 | 429);
+        if !later && (response.status().is_client_error() || response.status().as_u16() == 501) {
+            return Ok(None);
+        }
+        let body = read_limited(success(response).await?, MAX_BODY_BYTES).await?;
+        Ok(serde_json::from_slice(&body).ok())
+    }
+
+    /// Gives a connection's grant back: the status, which is 204 if the pool took it.
+    pub async fn release(&self, request: &ReleaseRequest, within: Duration) -> Result<u16, Error> {
+        let url = below(&self.url, &[RELEASE_PATH])?;
+        let response = self.client.post(&url, request, within).await?;
+        Ok(response.status().as_u16())
     }
 }
 

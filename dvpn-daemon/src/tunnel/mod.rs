@@ -1,6 +1,9 @@
 //! WireGuard devices behind one trait, so that kernel and userspace backends are interchangeable.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use dvpn_common::keys::{PrivateKey, PublicKey};
 use futures::future::BoxFuture;
@@ -49,6 +52,18 @@ pub struct PeerConfig {
     pub allowed_ips: Vec<IpNetwork>,
     /// Persistent keepalive.
     pub keepalive: Option<Duration>,
+}
+
+/// The next key of a standing tunnel.
+pub struct Renewal {
+    /// Our new key; the peer gives our tunnel addresses to it at its first handshake.
+    pub private_key: PrivateKey,
+    /// The peer, as before.
+    pub peer: PeerConfig,
+    /// Our tunnel address.
+    pub source: IpAddr,
+    /// The peer's own address inside the tunnel, of the same family: it answers pings.
+    pub gateway: IpAddr,
 }
 
 /// A peer as it is.
@@ -105,6 +120,22 @@ pub enum Error {
     /// No answer to a handshake in time.
     #[error("no handshake with {0} within {1:?}")]
     NoHandshake(PublicKey, Duration),
+    /// The gateway cannot be asked from this address.
+    #[error("{gateway} cannot be asked from {ours} whether the tunnel moved to its new key")]
+    NoGateway {
+        /// Our address.
+        ours: IpAddr,
+        /// The peer's.
+        gateway: IpAddr,
+    },
+    /// The peer did not give our addresses to the new key.
+    #[error("{gateway} did not answer under the new key within {within:?}: the tunnel stays on the old one")]
+    NotMoved {
+        /// The peer's address inside the tunnel.
+        gateway: IpAddr,
+        /// How long was waited.
+        within: Duration,
+    },
     /// The device does not answer any more.
     #[error("the tunnel device {0} has stopped")]
     Stopped(String),
@@ -124,6 +155,9 @@ pub trait Tunnel: Send + Sync {
     fn force_handshake(&self, peer: PublicKey, timeout: Duration) -> BoxFuture<'_, Result<(), Error>>;
     /// Replaces the outer socket.
     fn rebind(&self) -> BoxFuture<'_, Result<(), Error>>;
+    /// Goes over to a new key while traffic flows, without losing a packet. After an error the old key is in use as
+    /// before. Takes some round trips and half a second.
+    fn renew(&self, renewal: Renewal) -> BoxFuture<'_, Result<(), Error>>;
     /// The outer port in use.
     fn listen_port(&self) -> BoxFuture<'_, Result<u16, Error>>;
     /// Resolves when the device has died by itself: socket error, interface deleted.

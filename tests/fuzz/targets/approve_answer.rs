@@ -16,6 +16,7 @@ fuzz_target!(|data: &[u8]| {
         client_key: &key(2),
         static_addresses: &[],
         pool_key: None,
+        last_serial: None,
         now: now(),
     };
     let with_key = PoolRequest { pool_key: Some(&pool_key), ..request };

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use dvpn_common::limits::MAX_ALLOWED_IPS;
 use dvpn_core::{
     address::{is_global_unicast, is_unicast},
-    directory::{Policy, parse},
+    directory::{Policy, parse, trust::PoolRecord},
 };
 use dvpn_fuzz::{key, now};
 use libfuzzer_sys::fuzz_target;
@@ -15,7 +15,7 @@ fuzz_target!(|data: &[u8]| {
     let own = [key(9)];
     for private_endpoints in [false, true] {
         let policy = Policy { own_keys: &own, own_node: None, private_endpoints };
-        let Ok(directory) = parse(data, &policy, now()) else { continue };
+        let Ok(directory) = parse(data, &policy, &PoolRecord::default(), now()) else { continue };
         assert!(directory.expires_at.is_none_or(|end| end > now()));
         let (mut ids, mut keys) = (BTreeSet::new(), BTreeSet::new());
         for provider in &directory.providers {

@@ -119,11 +119,9 @@ fn missing_samples_degrade_but_one_late_wake_up_does_not_lose_the_tunnel() {
     panic!("a tunnel without samples is {:?}", rig.session.state());
 }
 
-#[test]
-fn an_approval_is_renewed_at_half_of_its_life_without_another_attempt() {
+/// Connected, and the approval's half-life is over: a renewal is verified.
+fn renewing() -> Rig {
     let mut rig = connected();
-    let attempts = rig.session.status().attempts;
-    let provider = rig.asked_provider();
     for _ in 0..1_799 {
         rig.second(100, 100);
     }
@@ -136,16 +134,151 @@ fn an_approval_is_renewed_at_half_of_its_life_without_another_attempt() {
         rig.feed(Input::Verified(rig.asked, paid(rig.now, HOUR * 9))),
         StateName::Connected
     );
+    rig
+}
+
+fn tunnel_key(rig: &Rig) -> dvpn_common::keys::PublicKey {
+    let (State::Connected(tunnel) | State::Degraded(tunnel)) = &rig.session.state else {
+        panic!("no tunnel in {:?}", rig.session.state)
+    };
+    *tunnel.approval.client_key()
+}
+
+fn released(rig: &Rig) -> Vec<dvpn_common::keys::PublicKey> {
+    let keys = rig.last.iter().filter_map(|action| match action {
+        Action::Release(release) => Some(release.client_key),
+        _ => None,
+    });
+    keys.collect()
+}
+
+#[test]
+fn an_approval_is_renewed_at_half_of_its_life_while_the_tunnel_stands() {
+    let mut rig = renewing();
+    let (attempts, provider, tunnel, old) = (
+        rig.session.status().attempts,
+        rig.asked_provider(),
+        rig.tunnel(),
+        tunnel_key(&rig),
+    );
+    assert!(rig.did(|a| matches!(a, Action::Approve(_, _, _, Some(renews)) if *renews == old)));
     let fresh = approval(&provider, rig.now, HOUR);
+    assert_eq!(
+        rig.feed(Input::Approved(rig.asked, Ok(fresh.clone()))),
+        StateName::Connected
+    );
+    assert!(rig.did(|a| matches!(a, Action::RenewTunnel(_, approval) if *approval == fresh)));
+    let before = rig.traffic;
+    rig.second(100, 100);
+    assert_eq!(rig.feed(Input::TunnelRenewed(rig.asked, Ok(()))), StateName::Connected);
+    assert_eq!(released(&rig), [old]);
+    assert!(rig.did(|a| matches!(a, Action::Audit(Event::TunnelRenewed { .. }))));
+    assert_eq!((rig.tunnel(), tunnel_key(&rig)), (tunnel, *fresh.client_key()));
+    rig.second(100, 100);
+    let status = rig.session.status();
+    assert_eq!((status.attempts, status.switches), (attempts, 0));
+    assert_eq!(status.traffic.rx_bytes, before.rx_bytes + 200, "totals go on");
+    // And once more, at half of the fresh one's life.
+    for _ in 0..1_797 {
+        rig.second(100, 100);
+    }
+    rig.wait(seconds(3));
+    rig.last = rig.watch.expire(&mut rig.session, rig.now).unwrap();
+    assert!(rig.did(|a| matches!(a, Action::Verify(..))));
+}
+
+#[test]
+fn a_renewal_at_other_addresses_connects_anew_to_the_same_provider() {
+    let mut rig = renewing();
+    let (attempts, provider, old) = (rig.session.status().attempts, rig.asked_provider(), tunnel_key(&rig));
+    let tunnel = rig.tunnel();
+    let fresh = approval_at("10.96.0.3", &provider, rig.now, HOUR);
     assert_eq!(
         rig.feed(Input::Approved(rig.asked, Ok(fresh))),
         StateName::Disconnecting
     );
-    assert_eq!(rig.feed(Input::TornDown(rig.asked)), StateName::Connecting);
+    assert_eq!(released(&rig), []);
+    assert_eq!(rig.feed(Input::TornDown(tunnel)), StateName::Connecting);
+    assert_eq!(released(&rig), [old]);
     assert_eq!(rig.feed(Input::HandshakeSeen(rig.asked)), StateName::Connected);
     let status = rig.session.status();
     assert_eq!((status.attempts, status.switches), (attempts, 0));
     assert_eq!(rig.asked_provider(), provider);
+}
+
+#[test]
+fn a_hand_over_that_fails_is_tried_again_within_seconds_and_then_connects_anew() {
+    let mut rig = renewing();
+    let (provider, tunnel, old) = (rig.asked_provider(), rig.tunnel(), tunnel_key(&rig));
+    let fresh = approval(&provider, rig.now, HOUR);
+    rig.feed(Input::Approved(rig.asked, Ok(fresh.clone())));
+    for pause in [2, 4] {
+        let failed = Input::TunnelRenewed(rig.asked, Err(failure(Retry::Backoff)));
+        assert_eq!(rig.feed(failed), StateName::Connected);
+        assert_eq!(tunnel_key(&rig), old);
+        assert_eq!(released(&rig), []);
+        for second in 1..=pause {
+            assert!(!rig.did(|a| matches!(a, Action::RenewTunnel(..))), "{second}");
+            rig.second(100, 100);
+            if rig.session.poll_timeout().unwrap().0 <= rig.now.instant {
+                rig.last = rig.watch.expire(&mut rig.session, rig.now).unwrap();
+                rig.note();
+            }
+        }
+        assert!(rig.did(|a| matches!(a, Action::RenewTunnel(_, a) if *a == fresh)));
+    }
+    let failed = Input::TunnelRenewed(rig.asked, Err(failure(Retry::Backoff)));
+    assert_eq!(rig.feed(failed), StateName::Disconnecting);
+    assert_eq!(rig.feed(Input::TornDown(tunnel)), StateName::Connecting);
+    assert_eq!(released(&rig), [old], "the fresh key is the one to go on with");
+    assert!(rig.did(|a| matches!(a, Action::ConfigureTunnel(_, a) if *a == fresh)));
+}
+
+#[test]
+fn a_hand_over_without_an_end_takes_the_tunnel_down() {
+    let mut rig = renewing();
+    let tunnel = rig.tunnel();
+    let old = tunnel_key(&rig);
+    let fresh = approval(&rig.asked_provider(), rig.now, HOUR);
+    rig.feed(Input::Approved(rig.asked, Ok(fresh.clone())));
+    for _ in 0..10 {
+        rig.second(100, 100);
+    }
+    assert_eq!(rig.expire(), StateName::Disconnecting);
+    assert_eq!(rig.feed(Input::TornDown(tunnel)), StateName::Discovering);
+    assert_eq!(released(&rig), [old, *fresh.client_key()]);
+}
+
+#[test]
+fn every_end_of_a_tunnel_releases_its_key_once_the_tunnel_is_gone() {
+    let mut rig = connected();
+    let (tunnel, key) = (rig.tunnel(), tunnel_key(&rig));
+    assert_eq!(rig.session.held().len(), 1);
+    rig.feed(Input::Stop);
+    assert_eq!(released(&rig), []);
+    assert_eq!(rig.session.held().len(), 1, "an end that does not wait finds it here");
+    rig.feed(Input::TornDown(tunnel));
+    assert_eq!((released(&rig), rig.session.held()), (vec![key], vec![]));
+}
+
+#[test]
+fn a_token_that_is_missing_or_sealed_away_says_nothing_about_the_payment() {
+    let held = Restored {
+        subscription: Some(subscription(start(), HOUR)),
+        ..Restored::default()
+    };
+    let mut rig = Rig::restored(config(), held);
+    rig.lead_to(StateName::Authorizing);
+    let cannot = || Verification::CannotTell(failure(Retry::Never));
+    assert_eq!(rig.feed(Input::Verified(rig.asked, cannot())), StateName::Blocked);
+    assert!(!rig.did(|a| matches!(a, Action::StoreSubscription(_) | Action::Approve(..))));
+    let status = rig.session.status();
+    assert_eq!(status.payment, PaymentStatus::Paid);
+    assert!(status.paid_until.is_some(), "the last yes holds to its end");
+    // And a standing tunnel stays.
+    let mut rig = connected();
+    rig.feed(Input::TokenChanged);
+    assert_eq!(rig.feed(Input::Verified(rig.asked, cannot())), StateName::Connected);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use dvpn_common::status::{ProbeMethod, StateName};
 
 use super::{
-    fixtures::{after, approval, config, directory, failure, paid, provider, start},
+    fixtures::{after, approval, approval_at, config, directory, failure, paid, provider, start},
     *,
 };
 use crate::{Retry, payment::Verification, sim::watch::Watch};
@@ -62,12 +62,14 @@ impl Rig {
                 | Action::Approve(attempt, ..)
                 | Action::Provision(attempt, _)
                 | Action::ConfigureTunnel(attempt, _)
+                | Action::RenewTunnel(attempt, _)
                 | Action::TearDown(attempt) => self.asked = *attempt,
                 Action::Cancel(_)
                 | Action::ForceHandshake(_)
                 | Action::ProbeTunnel(_)
                 | Action::RebindTunnel(_)
                 | Action::SetFirewall(_)
+                | Action::Release(_)
                 | Action::StoreWish(_)
                 | Action::StoreLastEndpoint(_)
                 | Action::StoreSubscription(_)
@@ -215,6 +217,14 @@ fn rig_in(name: &str) -> Rig {
         }
         "connecting" => rig.lead_to(StateName::Connecting),
         "connected" => rig.lead_to(StateName::Connected),
+        "renewing" => {
+            rig.lead_to(StateName::Connected);
+            rig.feed(Input::TokenChanged);
+            rig.feed(Input::Verified(rig.asked, paid(rig.now, HOUR * 9)));
+            let fresh = approval(&rig.asked_provider(), rig.now, HOUR);
+            rig.feed(Input::Approved(rig.asked, Ok(fresh)));
+            assert!(rig.did(|a| matches!(a, Action::RenewTunnel(..))), "{:?}", rig.last);
+        }
         "degraded" => rig.lead_to(StateName::Degraded),
         "disconnecting-stop" => rig.lead_to(StateName::Disconnecting),
         "disconnecting-next" => {

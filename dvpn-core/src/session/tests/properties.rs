@@ -48,6 +48,10 @@ enum Op {
         tx: u64,
         rx: u64,
     },
+    Renewed {
+        number: u8,
+        good: bool,
+    },
     Lost {
         number: u8,
     },
@@ -88,6 +92,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         2 => (number(), proptest::bool::weighted(0.8)).prop_map(|(number, good)| Op::Configured { number, good }),
         3 => number().prop_map(|number| Op::Handshake { number }),
         4 => (number(), 0..2_000_u64, 0..2_000_u64).prop_map(|(number, tx, rx)| Op::Traffic { number, tx, rx }),
+        2 => (number(), any::<bool>()).prop_map(|(number, good)| Op::Renewed { number, good }),
         1 => number().prop_map(|number| Op::Lost { number }),
         3 => number().prop_map(|number| Op::TornDown { number }),
         1 => Just(Op::Token),
@@ -158,7 +163,11 @@ impl Rig {
                     2 => Some(Retry::Never),
                     _ => None,
                 };
-                let given = retry.map_or_else(|| Ok(approval(&target, now, later(*seconds))), |r| Err(failure(r)));
+                let address = if *answer == 5 { "10.96.0.3" } else { "10.96.0.2" };
+                let given = retry.map_or_else(
+                    || Ok(approval_at(address, &target, now, later(*seconds))),
+                    |r| Err(failure(r)),
+                );
                 Input::Approved(self.number(*number), given)
             }
             Op::Provisioned { number, good, seconds } => Input::Provisioned(
@@ -177,6 +186,9 @@ impl Rig {
                 self.traffic.tx_bytes += tx;
                 self.traffic.rx_bytes += rx;
                 Input::TrafficSampled(self.number(*number), self.traffic)
+            }
+            Op::Renewed { number, good } => {
+                Input::TunnelRenewed(self.number(*number), if *good { Ok(()) } else { Err(failed()) })
             }
             Op::Lost { number } => Input::TunnelLost(self.number(*number), failed()),
             Op::TornDown { number } => Input::TornDown(self.number(*number)),

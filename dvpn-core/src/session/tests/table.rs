@@ -3,7 +3,7 @@
 use super::*;
 
 /// Columns, in order. `+` is the good answer, `-` a failure; `deadline` is the state's own.
-const INPUTS: [&str; 28] = [
+const INPUTS: [&str; 30] = [
     "start",
     "start-other",
     "stop",
@@ -32,6 +32,8 @@ const INPUTS: [&str; 28] = [
     "network",
     "firewall",
     "deadline",
+    "renewed+",
+    "renewed-",
 ];
 
 /// `.` stays; the other abbreviations are spelled out in [`state_of`].
@@ -96,6 +98,8 @@ fn input(name: &str, rig: &Rig) -> Option<Input> {
                 rx_bytes: 10_000,
             },
         ),
+        "renewed+" => Input::TunnelRenewed(asked, Ok(())),
+        "renewed-" => Input::TunnelRenewed(asked, Err(failure(Retry::Never))),
         "lost" => Input::TunnelLost(asked, failure(Retry::Now)),
         "torn-down" => Input::TornDown(asked),
         "token" => Input::TokenChanged,

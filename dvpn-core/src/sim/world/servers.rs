@@ -37,6 +37,7 @@ impl World {
                 providers: self.peers.iter().map(|peer| peer.provider.clone()).collect(),
                 version: None,
                 expires_at: None,
+                signer: None,
             }),
             Server::Hostile => Err(failure("the list holds a key twice", Retry::Backoff)),
             Server::Down | Server::Lost => Err(failure("the pool is unreachable", Retry::Backoff)),
@@ -83,11 +84,13 @@ impl World {
         self.tell(delay, Input::Verified(attempt, verification));
     }
 
-    pub(super) fn approve(&mut self, attempt: Attempt, provider: &Provider, subscription: &Subscription) {
+    pub(super) fn approve(&mut self, attempt: Attempt, provider: &Provider, subscription: &Subscription, renews: bool) {
         let Some(delay) = self.delay(self.pool) else { return };
         let now = self.now().wall;
         let until = now.checked_add(self.approval_life).unwrap_or(now);
-        let body = format!(r#"{{"address":"10.96.0.2/32","expires_at":"{until}"}}"#);
+        // A pool that does not keep the addresses over a renewal is one as well.
+        let host = if renews && self.rng.random_bool(0.2) { 3 } else { 2 };
+        let body = format!(r#"{{"address":"10.96.0.{host}/32","gateways":["10.96.0.1"],"expires_at":"{until}"}}"#);
         let Some(client_key) = self.key() else { return };
         // A hostile pool answers for another provider than was asked.
         let other = self
@@ -105,6 +108,7 @@ impl World {
             client_key: &client_key,
             static_addresses: &[],
             pool_key: None,
+            last_serial: None,
             now,
         };
         let status = match self.pool {

@@ -14,6 +14,23 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Death;
 
+/// Sets how many packets the kernel keeps for the link. A queue that stays as it was loses packets only where the pause
+/// is long, so a failure is no error.
+pub(super) async fn set_queue(index: u32, packets: u32) {
+    let changed = async {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        let link = LinkMessageBuilder::<LinkUnspec>::new()
+            .index(index)
+            .append_extra_attribute(LinkAttribute::TxQueueLen(packets))
+            .build();
+        handle.link().set(link).execute().await.map_err(io::Error::other)
+    };
+    if let Err(error) = changed.await {
+        tracing::debug!(index, packets, %error, "the interface's queue keeps its length");
+    }
+}
+
 /// Turns IPv6 link-local addresses off (the peer's other end has none either, and router solicitations would
 /// wake it), then follows the link until it is deleted. Ends when the handle is dropped.
 pub(super) async fn watch(index: u32, mtu: watch::Sender<u16>, death: Death) -> io::Result<AbortOnDropHandle<()>> {

@@ -7,16 +7,18 @@
 //! With [`TunnelConfig::offload`] both edges move up to 64 KB at a time: the kernel hands over and takes TCP
 //! super-packets, and UDP datagrams of one peer go out and come in as one message.
 
+mod handover;
 mod headers;
 mod join;
 mod link;
+mod ping;
 mod split;
 mod tun;
 mod udp;
 
 use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 
-use dvpn_common::keys::PublicKey;
+use dvpn_common::keys::{PrivateKey, PublicKey};
 use futures::future::BoxFuture;
 use gotatun::{
     device::{
@@ -29,13 +31,20 @@ use gotatun::{
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Error, PeerConfig, PeerStats, Tunnel, TunnelConfig};
+use self::{
+    handover::{Engines, counted},
+    ping::Ping,
+};
+use super::{Error, PeerConfig, PeerStats, Renewal, Tunnel, TunnelConfig};
 
 type Transports = (udp::Factory, tun::TunWriter, tun::TunReader);
 
 /// How soon an unanswered initiation is repeated while somebody waits for a handshake; by itself WireGuard
 /// repeats after 5 s. Responders take 50 a second from one peer (Linux, drivers/net/wireguard/messages.h).
 const IMPATIENT_RETRY: Duration = Duration::from_secs(1);
+
+/// Number of the engine that a tunnel begins with.
+const FIRST: u64 = 1;
 
 /// How many peers are added before packets pass again: some 5 ms.
 const PEERS_AT_ONCE: usize = 64;
@@ -61,10 +70,20 @@ pub struct UserspaceTunnel {
     interface: String,
     /// As configured: 0 takes another port at each [`Tunnel::rebind`].
     listen_port: u16,
-    device: Device<Transports>,
+    fwmark: u32,
+    offload: bool,
+    index: u32,
+    tun: Arc<tun::Tun>,
+    mtu: watch::Receiver<u16>,
+    engines: Engines,
+    /// Number of the engine that reads the interface.
+    turn: watch::Sender<u64>,
+    /// Number of the last engine; held while one takes over from another.
+    renewals: Mutex<u64>,
     /// What the device was told, so that telling it again is free: changing a peer costs a walk over all.
     peers: Mutex<HashMap<PublicKey, PeerConfig>>,
-    death: watch::Receiver<Option<String>>,
+    death: Death,
+    died: watch::Receiver<Option<String>>,
     /// Resolves when the last user of the TUN has closed it.
     closed: oneshot::Receiver<()>,
     _link: AbortOnDropHandle<()>,
@@ -98,29 +117,30 @@ impl UserspaceTunnel {
                 interface: interface.clone(),
                 source,
             })?;
-        let device = DeviceBuilder::new()
-            .with_udp(udp::Factory::new(offload, death.clone()))
-            .with_ip_pair(
-                tun::TunWriter::spawn(Arc::clone(&tun), death.clone()),
-                tun::TunReader::new(tun, mtu_seen, death),
-            )
-            .with_private_key(x25519::StaticSecret::from(*private_key.expose()))
-            .with_listen_port(listen_port)
-            .with_fwmark(fwmark)
-            .build()
-            .await
-            .map_err(|error| stopped(&interface, listen_port, error))?;
-        // A device built without peers has no socket until something asks for one; this asks.
-        device
-            .clear_peers()
-            .await
-            .map_err(|error| stopped(&interface, listen_port, error))?;
+        let turn = watch::Sender::new(FIRST);
+        let outside = Outside {
+            interface: &interface,
+            fwmark,
+            offload,
+            death: &death,
+        };
+        let reads = tun::Turn::new(FIRST, turn.subscribe(), None);
+        let inside = (Arc::clone(&tun), mtu_seen.clone(), reads, None);
+        let device = engine(&private_key, listen_port, inside, &outside).await?;
         let tunnel = Self {
             interface,
             listen_port,
-            device,
+            fwmark,
+            offload,
+            index,
+            tun,
+            mtu: mtu_seen,
+            engines: Engines::new(device),
+            turn,
+            renewals: Mutex::new(FIRST),
             peers: Mutex::default(),
-            death: died,
+            death,
+            died,
             closed,
             _link: link,
         };
@@ -128,7 +148,26 @@ impl UserspaceTunnel {
         Ok(Box::new(tunnel))
     }
 
+    /// Another engine on the same interface.
+    async fn engine(
+        &self,
+        private_key: &PrivateKey,
+        listen_port: u16,
+        turn: tun::Turn,
+        watched: Option<(Ping, watch::Sender<bool>)>,
+    ) -> Result<Device<Transports>, Error> {
+        let outside = Outside {
+            interface: &self.interface,
+            fwmark: self.fwmark,
+            offload: self.offload,
+            death: &self.death,
+        };
+        let inside = (Arc::clone(&self.tun), self.mtu.clone(), turn, watched);
+        engine(private_key, listen_port, inside, &outside).await
+    }
+
     async fn apply_peers(&self, peers: Vec<PeerConfig>) -> Result<(), Error> {
+        let device = self.engines.current();
         let mut known = self.peers.lock().await;
         let wanted: HashMap<PublicKey, PeerConfig> = peers.into_iter().map(|peer| (peer.public_key, peer)).collect();
         let (mut new, mut changed) = (Vec::new(), Vec::new());
@@ -143,7 +182,7 @@ impl UserspaceTunnel {
         // The device stands still while it is changed, and each new peer costs a key agreement.
         while !new.is_empty() {
             let chunk = new.split_off(new.len().saturating_sub(PEERS_AT_ONCE));
-            self.device.add_peers(chunk).await.map_err(stopped)?;
+            device.add_peers(chunk).await.map_err(stopped)?;
             tokio::task::yield_now().await;
         }
         for peer in changed {
@@ -152,7 +191,7 @@ impl UserspaceTunnel {
                     .modify_peer(&device_key(peer.public_key), |slot| change_peer(slot, peer))
                     .await
             };
-            self.device.write(change).await.map_err(stopped)?;
+            device.write(change).await.map_err(stopped)?;
         }
         known.extend(wanted);
         Ok(())
@@ -160,7 +199,8 @@ impl UserspaceTunnel {
 
     async fn drop_peer(&self, peer: PublicKey) -> Result<(), Error> {
         let mut known = self.peers.lock().await;
-        self.device
+        self.engines
+            .current()
             .remove_peer(&device_key(peer))
             .await
             .map_err(|error| stopped(&self.interface, self.listen_port, error))?;
@@ -168,9 +208,13 @@ impl UserspaceTunnel {
         Ok(())
     }
 
-    async fn set_timers(&self, peer: PublicKey, timers: Option<TimerParams>) -> Result<(), Error> {
-        let known = self
-            .device
+    async fn set_timers(
+        &self,
+        device: &Device<Transports>,
+        peer: PublicKey,
+        timers: Option<TimerParams>,
+    ) -> Result<(), Error> {
+        let known = device
             .write(async move |device| {
                 device
                     .modify_peer(&device_key(peer), |slot| slot.dangerously_set_timer_params(timers))
@@ -183,7 +227,7 @@ impl UserspaceTunnel {
 
     /// gotatun shakes hands only when the session is due for it. So the session is declared overdue, the
     /// handshake started, and the session's ordinary age limit put back while the answer is on its way.
-    async fn shake_hands(&self, peer: PublicKey, timeout: Duration) -> Result<(), Error> {
+    async fn shake_hands(&self, device: &Device<Transports>, peer: PublicKey, timeout: Duration) -> Result<(), Error> {
         let impatient = TimerParams {
             rekey_timeout: IMPATIENT_RETRY..=IMPATIENT_RETRY,
             ..TimerParams::default()
@@ -192,20 +236,20 @@ impl UserspaceTunnel {
             rekey_after_time: Duration::ZERO..=Duration::ZERO,
             ..impatient.clone()
         };
-        self.set_timers(peer, Some(overdue)).await?;
+        self.set_timers(device, peer, Some(overdue)).await?;
         let key = device_key(peer);
         let shaken = tokio::time::timeout(timeout, async {
-            let mut handshake = pin!(self.device.force_handshake(&key));
+            let mut handshake = pin!(device.force_handshake(&key));
             tokio::select! {
                 biased;
                 done = &mut handshake => return done,
-                _ = self.set_timers(peer, Some(impatient)) => {}
+                _ = self.set_timers(device, peer, Some(impatient)) => {}
             }
             handshake.await
         })
         .await;
         // A peer that was removed meanwhile needs no timers; the handshake's own result says so.
-        self.set_timers(peer, None).await.ok();
+        self.set_timers(device, peer, None).await.ok();
         match shaken {
             Ok(Ok(())) => Ok(()),
             Ok(Err(DeviceError::PeerNotFound)) => Err(Error::NoPeer(peer)),
@@ -223,7 +267,8 @@ impl UserspaceTunnel {
         let wanted = self.listen_port;
         // The engine opens a new socket when the port changes, sessions stay: change it away and back.
         let away = if wanted == u16::MAX { 1 } else { u16::MAX };
-        self.device
+        self.engines
+            .current()
             .write(async move |device| {
                 device.set_listen_port(away);
                 device.set_listen_port(wanted);
@@ -233,15 +278,30 @@ impl UserspaceTunnel {
     }
 
     async fn peer_stats(&self) -> Vec<PeerStats> {
-        let seen = self.device.peers().await;
+        let (engines, spent) = self.engines.all();
+        let mut engines = engines.into_iter();
+        let Some(current) = engines.next() else {
+            return Vec::new();
+        };
+        let mut earlier = spent;
+        for previous in engines {
+            earlier.extend(counted(&previous).await);
+        }
+        let before = |key: &PublicKey| {
+            let same = earlier.iter().filter(|(of, ..)| of == key);
+            same.fold((0, 0), |(rx, tx), (_, more_rx, more_tx)| (rx + more_rx, tx + more_tx))
+        };
+        let seen = current.peers().await;
         seen.into_iter()
             .filter_map(|peer| {
+                let public_key = PublicKey::from_bytes(*peer.peer.public_key.as_bytes()).ok()?;
+                let (rx_bytes, tx_bytes) = before(&public_key);
                 Some(PeerStats {
-                    public_key: PublicKey::from_bytes(*peer.peer.public_key.as_bytes()).ok()?,
+                    public_key,
                     endpoint: peer.peer.endpoint,
                     last_handshake: peer.stats.last_handshake,
-                    rx_bytes: peer.stats.rx_bytes as u64,
-                    tx_bytes: peer.stats.tx_bytes as u64,
+                    rx_bytes: rx_bytes + peer.stats.rx_bytes as u64,
+                    tx_bytes: tx_bytes + peer.stats.tx_bytes as u64,
                 })
             })
             .collect()
@@ -266,19 +326,23 @@ impl Tunnel for UserspaceTunnel {
     }
 
     fn force_handshake(&self, peer: PublicKey, timeout: Duration) -> BoxFuture<'_, Result<(), Error>> {
-        Box::pin(self.shake_hands(peer, timeout))
+        Box::pin(async move { self.shake_hands(&self.engines.current(), peer, timeout).await })
     }
 
     fn rebind(&self) -> BoxFuture<'_, Result<(), Error>> {
         Box::pin(self.replace_socket())
     }
 
+    fn renew(&self, renewal: Renewal) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(self.hand_over(renewal))
+    }
+
     fn listen_port(&self) -> BoxFuture<'_, Result<u16, Error>> {
-        Box::pin(async { Ok(self.device.read(async |device| device.listen_port()).await) })
+        Box::pin(async { Ok(self.engines.current().read(async |device| device.listen_port()).await) })
     }
 
     fn died(&self) -> BoxFuture<'_, String> {
-        let mut death = self.death.clone();
+        let mut death = self.died.clone();
         Box::pin(async move {
             match death.wait_for(Option::is_some).await {
                 Ok(reason) => reason.clone().unwrap_or_default(),
@@ -289,12 +353,56 @@ impl Tunnel for UserspaceTunnel {
 
     fn close(self: Box<Self>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
-            let Self { device, closed, .. } = *self;
-            device.stop().await;
+            let Self {
+                engines, closed, tun, ..
+            } = *self;
+            engines.stop().await;
+            drop(tun);
             // Nothing is ever sent: the sender is dropped after the TUN's descriptor is closed.
             closed.await.ok();
         })
     }
+}
+
+/// What all engines of a tunnel share on their outer side.
+struct Outside<'a> {
+    interface: &'a str,
+    fwmark: u32,
+    offload: bool,
+    death: &'a Death,
+}
+
+type Inside = (
+    Arc<tun::Tun>,
+    watch::Receiver<u16>,
+    tun::Turn,
+    Option<(Ping, watch::Sender<bool>)>,
+);
+
+/// A protocol engine with an outer socket of its own, and no peers.
+async fn engine(
+    private_key: &PrivateKey,
+    listen_port: u16,
+    (tun, mtu, turn, watched): Inside,
+    outside: &Outside<'_>,
+) -> Result<Device<Transports>, Error> {
+    let death = outside.death;
+    let failed = |error| stopped(outside.interface, listen_port, error);
+    let device = DeviceBuilder::new()
+        .with_udp(udp::Factory::new(outside.offload, death.clone()))
+        .with_ip_pair(
+            tun::TunWriter::spawn(Arc::clone(&tun), watched, death.clone()),
+            tun::TunReader::new(tun, turn, mtu, death.clone()),
+        )
+        .with_private_key(x25519::StaticSecret::from(*private_key.expose()))
+        .with_listen_port(listen_port)
+        .with_fwmark(outside.fwmark)
+        .build()
+        .await
+        .map_err(failed)?;
+    // A device built without peers has no socket until something asks for one; this asks.
+    device.clear_peers().await.map_err(failed)?;
+    Ok(device)
 }
 
 fn device_key(key: PublicKey) -> x25519::PublicKey {

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
 use tun_rs::{AsyncDevice, DeviceBuilder, VIRTIO_NET_HDR_LEN, VirtioNetHdr};
 
-use super::{Death, join::Joiner, split::split};
+use super::{Death, join::Joiner, ping::Ping, split::split};
 
 /// Packets between the protocol engine and the kernel; beyond it the engine waits.
 const QUEUE_PACKETS: usize = 512;
@@ -66,9 +66,58 @@ fn is_gone(error: &io::Error) -> bool {
     )
 }
 
+/// The number of no engine.
+pub(super) const NOBODY: u64 = 0;
+
+/// Says when one of the engines that share an interface may read from it.
+pub(super) struct Turn {
+    number: u64,
+    reads: watch::Receiver<u64>,
+    /// Packets to send while it is another's turn.
+    injected: Option<mpsc::Receiver<Packet<Ip>>>,
+}
+
+impl Turn {
+    /// Of engine `number`; `reads` names the one that reads.
+    pub(super) fn new(number: u64, reads: watch::Receiver<u64>, injected: Option<mpsc::Receiver<Packet<Ip>>>) -> Self {
+        Self {
+            number,
+            reads,
+            injected,
+        }
+    }
+
+    /// Completes when it is our turn, or with a packet that is to be sent before.
+    async fn come(&mut self) -> Option<Packet<Ip>> {
+        while *self.reads.borrow_and_update() != self.number {
+            let injected = async {
+                match &mut self.injected {
+                    Some(packets) => packets.recv().await,
+                    None => None,
+                }
+            };
+            tokio::select! {
+                Ok(()) = self.reads.changed() => {}
+                Some(packet) = injected => return Some(packet),
+                // The tunnel is being closed.
+                else => std::future::pending().await,
+            }
+        }
+        None
+    }
+
+    /// Completes when it may be our turn no more.
+    async fn go(&mut self) {
+        if self.reads.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
+
 /// Packets from the kernel.
 pub(super) struct TunReader {
     tun: Arc<Tun>,
+    turn: Turn,
     mtu: MtuWatcher,
     death: Death,
     frame: Vec<u8>,
@@ -76,10 +125,11 @@ pub(super) struct TunReader {
 }
 
 impl TunReader {
-    pub(super) fn new(tun: Arc<Tun>, mtu: watch::Receiver<u16>, death: Death) -> Self {
+    pub(super) fn new(tun: Arc<Tun>, turn: Turn, mtu: watch::Receiver<u16>, death: Death) -> Self {
         let frame = vec![0; VIRTIO_NET_HDR_LEN + usize::from(u16::MAX)];
         Self {
             tun,
+            turn,
             mtu: mtu.into(),
             death,
             frame,
@@ -89,7 +139,15 @@ impl TunReader {
 
     /// Reads one frame and puts its packets into `self.packets`; `None` when it was none.
     async fn read(&mut self) -> io::Result<Option<()>> {
-        let length = self.tun.device.recv(&mut self.frame).await?;
+        if let Some(packet) = self.turn.come().await {
+            self.packets.push(packet);
+            return Ok(Some(()));
+        }
+        let length = tokio::select! {
+            biased;
+            () = self.turn.go() => return Ok(Some(())),
+            length = self.tun.device.recv(&mut self.frame) => length?,
+        };
         let Some(frame) = self.frame.get_mut(..length) else {
             return Ok(None);
         };
@@ -140,14 +198,18 @@ impl IpRecv for TunReader {
 /// by one, the kernel takes a run of TCP segments in one write.
 pub(super) struct TunWriter {
     queue: mpsc::Sender<Packet<Ip>>,
+    /// Pings that this engine sends of its own: their answers are not the kernel's, and any packet shows that the peer
+    /// knows us under this engine's key.
+    watched: Option<(Ping, watch::Sender<bool>)>,
     _task: AbortOnDropHandle<()>,
 }
 
 impl TunWriter {
-    pub(super) fn spawn(tun: Arc<Tun>, death: Death) -> Self {
+    pub(super) fn spawn(tun: Arc<Tun>, watched: Option<(Ping, watch::Sender<bool>)>, death: Death) -> Self {
         let (queue, packets) = mpsc::channel(QUEUE_PACKETS);
         Self {
             queue,
+            watched,
             _task: AbortOnDropHandle::new(tokio::spawn(write_packets(tun, packets, death))),
         }
     }
@@ -155,6 +217,17 @@ impl TunWriter {
 
 impl IpSend for TunWriter {
     async fn send(&mut self, packet: Packet<Ip>) -> io::Result<()> {
+        let packet = match &self.watched {
+            None => packet,
+            Some((ping, moved)) => {
+                moved.send_if_modified(|moved| !std::mem::replace(moved, true));
+                let bytes = packet.into_bytes();
+                if ping.is_answered_by(&bytes) {
+                    return Ok(());
+                }
+                bytes.try_into_ip().map_err(io::Error::other)?
+            }
+        };
         self.queue
             .send(packet)
             .await

@@ -1,0 +1,310 @@
+//! What is asked of the pool: its list, approvals, releases; and what is remembered of it.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use dvpn_common::{
+    contract::{ApproveRequest, ChallengeResponse, ReleaseRequest},
+    keys::{PrivateKey, PublicKey, VerifyingKey},
+};
+use dvpn_core::{
+    Failure, Retry,
+    approval::{Approval, PoolRequest},
+    audit::Event,
+    config::Secret,
+    directory::{self, Directory, Provider, trust::PoolRecord},
+    keys::public_key,
+    payment::Subscription,
+    possession,
+    session::Release,
+};
+use jiff::{SignedDuration, Timestamp};
+
+use super::requests::{Shared, random_key, redacted, to_failure};
+use crate::{audit::Audit, http::Pool, state::State};
+
+/// How long a release may take altogether.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A challenge that ends sooner is not used any more.
+const CHALLENGE_MARGIN: SignedDuration = SignedDuration::from_secs(5);
+/// A pool without challenges is asked again after this long: it may have been renewed.
+const ABSENT_FOR: Duration = Duration::from_hours(1);
+/// More keys whose token is remembered than this were never released: the oldest way to forget is to forget all.
+const MAX_ADMITTED: usize = 64;
+
+/// What is known of the pool, in memory.
+#[derive(Default)]
+pub(super) struct Known {
+    /// The stored record, once it was read. Held while a list or an approval is judged by it.
+    record: tokio::sync::Mutex<Option<PoolRecord>>,
+    /// Held while it is fetched, so that two askers fetch once.
+    challenge: tokio::sync::Mutex<Challenge>,
+    /// The token that each key was approved for: the one that releases it.
+    admitted: Mutex<HashMap<PublicKey, Secret>>,
+    /// It answered a release with 404: it has none.
+    releases_nothing: AtomicBool,
+    /// Releases under way hold it for reading. A key that is used again must not be released after its new approval.
+    releasing: tokio::sync::RwLock<()>,
+}
+
+#[derive(Default)]
+enum Challenge {
+    #[default]
+    Unknown,
+    Known(ChallengeResponse),
+    Absent(Instant),
+}
+
+impl Challenge {
+    /// The answer to whether there is a challenge, if it is known and still holds.
+    fn usable(&self) -> Option<Option<PublicKey>> {
+        match self {
+            Self::Unknown => None,
+            Self::Known(challenge) => {
+                let left = challenge.expires_at.duration_since(Timestamp::now());
+                (left > CHALLENGE_MARGIN).then_some(Some(challenge.public_key))
+            }
+            Self::Absent(since) => (since.elapsed() < ABSENT_FOR).then_some(None),
+        }
+    }
+}
+
+async fn store(state: &State, record: &PoolRecord) {
+    if let Err(error) = state.store_pool_record(record).await {
+        tracing::error!(
+            "remembering the pool's key and version: {error}: a restart begins with what was stored before"
+        );
+    }
+}
+
+fn announce(audit: &Audit, before: Option<VerifyingKey>, key: VerifyingKey) {
+    match before {
+        None => tracing::info!("the pool's key is {key}: from now on nothing is believed that it did not sign"),
+        Some(before) => tracing::warn!("the pool's key changed from {before} to {key}, and the old one vouches for it"),
+    }
+    audit.record(&Event::PoolKeyPinned {
+        key: key.to_string(),
+        before: before.map(|key| key.to_string()),
+    });
+}
+
+impl Shared {
+    pub(super) fn pool(&self) -> Result<&Pool, Failure> {
+        self.pool.as_ref().ok_or_else(|| Failure {
+            what: "no pool is configured".to_owned(),
+            how: "set POOL_URL".to_owned(),
+            retry: Retry::Never,
+        })
+    }
+
+    /// The record of this pool, read from the state directory at first use. One that does not read refuses everything:
+    /// it may have held a key.
+    async fn record<'a>(&self, slot: &'a mut Option<PoolRecord>) -> Result<&'a mut PoolRecord, Failure> {
+        let url = self.pool()?.url().to_string();
+        let record = match slot.take() {
+            Some(record) => record,
+            None => {
+                let stored = self.state.pool_record().await;
+                let stored = stored.map_err(|error| {
+                    let how = "restore the file, or remove it: then the pool's key is pinned anew";
+                    to_failure("reading what is known of the pool", &error, how, Retry::Backoff)
+                })?;
+                stored.unwrap_or_default().applied_to(&url, self.pool_key)
+            }
+        };
+        Ok(slot.insert(record))
+    }
+
+    pub(super) async fn list(&self) -> Result<Directory, Failure> {
+        let body = self.pool()?.list().await?;
+        let mut slot = self.known.record.lock().await;
+        let record = self.record(&mut slot).await?;
+        let known = record.clone();
+        let own_keys: Vec<_> = self
+            .static_key
+            .as_ref()
+            .and_then(|key| public_key(key).ok())
+            .into_iter()
+            .collect();
+        let own_node = self.own_node.clone();
+        let private_endpoints = self.private_endpoints;
+        // 10,000 entries take some milliseconds of arithmetic: not on a thread that moves packets.
+        let parsed = tokio::task::spawn_blocking(move || {
+            let own_node = own_node.as_ref().map(|(id, key)| (id, key));
+            let policy = directory::Policy {
+                own_keys: &own_keys,
+                own_node,
+                private_endpoints,
+            };
+            directory::parse(&body, &policy, &known, Timestamp::now())
+        })
+        .await;
+        let directory = match parsed {
+            Ok(parsed) => parsed?,
+            Err(error) => {
+                let failed = to_failure("reading the provider list", &error, "trying again", Retry::Backoff);
+                return Err(failed);
+            }
+        };
+        if let (Some(signer), Some(version)) = (directory.signer, directory.version) {
+            let before = record.key;
+            if record.saw_list(signer, version) {
+                store(&self.state, record).await;
+            }
+            if before != Some(signer) {
+                announce(&self.audit, before, signer);
+            }
+        }
+        Ok(directory)
+    }
+
+    /// The pool's challenge, asked for unless a good one is held; nothing from a pool that has none. `fresh` asks anew.
+    pub(super) async fn challenge(&self, fresh: bool) -> Result<Option<PublicKey>, Failure> {
+        let mut held = self.known.challenge.lock().await;
+        if let (false, Some(answer)) = (fresh, held.usable()) {
+            return Ok(answer);
+        }
+        Ok(match self.pool()?.challenge().await? {
+            Some(challenge) => {
+                let key = challenge.public_key;
+                *held = Challenge::Known(challenge);
+                Some(key)
+            }
+            None => {
+                *held = Challenge::Absent(Instant::now());
+                None
+            }
+        })
+    }
+
+    pub(super) async fn approve(
+        &self,
+        provider: &Provider,
+        subscription: &Subscription,
+        renews: Option<PublicKey>,
+    ) -> Result<Approval, Failure> {
+        let token = self.usable_token().await?;
+        let key = match &self.static_key {
+            Some(key) => {
+                drop(self.known.releasing.write().await);
+                key.clone()
+            }
+            None => random_key()?,
+        };
+        let client_key = public_key(&key).map_err(|error| {
+            let how = "set another one";
+            to_failure("deriving the public key of WG_PRIVATE_KEY", &error, how, Retry::Never)
+        })?;
+        let asking = Asking {
+            provider,
+            token: &token,
+            key: &key,
+            client_key,
+            renews: renews.filter(|old| *old != client_key),
+        };
+        let (mut status, mut body) = self.ask(&asking, false).await?;
+        // The pool may have forgotten a challenge that was held: it is asked for a new one, once.
+        if matches!(status, 400 | 403 | 409 | 422) && self.challenge(false).await?.is_some() {
+            (status, body) = self.ask(&asking, true).await?;
+        }
+        let mut slot = self.known.record.lock().await;
+        let record = self.record(&mut slot).await?;
+        let asked = PoolRequest {
+            subscription,
+            provider,
+            client_key: &client_key,
+            static_addresses: &self.static_addresses,
+            pool_key: record.key.as_ref(),
+            last_serial: record.approval_serial,
+            now: Timestamp::now(),
+        };
+        let approval =
+            Approval::from_pool(&asked, status, &body).map_err(|error| redacted(Failure::from(error), &token))?;
+        if let (Some(_), Some(serial)) = (record.key, approval.serial())
+            && record.saw_approval(serial)
+        {
+            store(&self.state, record).await;
+        }
+        drop(slot);
+        self.admit(client_key, token);
+        self.keys.keep(client_key, key);
+        Ok(approval)
+    }
+
+    async fn ask(&self, asking: &Asking<'_>, fresh: bool) -> Result<(u16, bytes::Bytes), Failure> {
+        let provider_id = asking.provider.id.to_string();
+        let proof = match self.challenge(fresh).await? {
+            None => None,
+            Some(challenge) => Some(possession::prove(
+                asking.key,
+                &challenge,
+                &provider_id,
+                asking.token.expose(),
+            )?),
+        };
+        let request = ApproveRequest {
+            provider_id,
+            token: asking.token.expose().to_owned(),
+            approved: true,
+            client_public_key: Some(asking.client_key),
+            proof,
+            renews: asking.renews,
+        };
+        Ok(self.pool()?.approve(&request).await?)
+    }
+
+    fn admit(&self, key: PublicKey, token: Secret) {
+        let mut admitted = self.known.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        if admitted.len() >= MAX_ADMITTED {
+            admitted.clear();
+        }
+        admitted.insert(key, token);
+    }
+
+    /// Tells the pool that a key is used no more. What the pool does not hear, it finds out by itself later.
+    pub(super) async fn release(&self, release: Release) {
+        let _under_way = self.known.releasing.read().await;
+        let token = {
+            let mut admitted = self.known.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+            admitted.remove(&release.client_key)
+        };
+        let (Some(token), Some(pool)) = (token, &self.pool) else {
+            return;
+        };
+        if self.known.releases_nothing.load(Ordering::Relaxed) {
+            return;
+        }
+        let request = ReleaseRequest {
+            provider_id: release.provider.to_string(),
+            token: token.expose().to_owned(),
+            client_public_key: release.client_key,
+        };
+        match pool.release(&request, RELEASE_TIMEOUT).await {
+            Ok(404 | 405) => {
+                tracing::info!("this pool takes no releases: it finds out by itself when a connection has ended");
+                self.known.releases_nothing.store(true, Ordering::Relaxed);
+            }
+            Ok(200..=299) => {}
+            Ok(status) => tracing::info!(
+                "the pool answers HTTP {status} to the release at {}: it will find out by itself",
+                release.provider
+            ),
+            Err(error) => tracing::info!("releasing the connection to {}: {error}", release.provider),
+        }
+    }
+}
+
+/// One approval as it is asked for.
+struct Asking<'a> {
+    provider: &'a Provider,
+    token: &'a Secret,
+    key: &'a PrivateKey,
+    client_key: PublicKey,
+    renews: Option<PublicKey>,
+}

@@ -1,0 +1,239 @@
+//! From one key to the next without losing a packet.
+//!
+//! A second engine with the new key, on an outer socket of its own, shares the interface with the first. Both may write
+//! what they decrypt into it; one reads from it. The provider gives our tunnel addresses to the new key at its first
+//! handshake, and drops what the old key sends from then on. So:
+//!
+//! 1. the first engine stops reading: the kernel keeps what applications send;
+//! 2. what it has taken already gets the time of a round trip to arrive;
+//! 3. the second engine shakes hands, then pings the provider's own address inside the tunnel until something comes
+//!    back: the addresses have moved;
+//! 4. the second engine reads on. The first still writes what was on its way, for a little while.
+//!
+//! Before 4 everything can be undone: the first engine reads on.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, PoisonError, RwLock},
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use dvpn_common::keys::PublicKey;
+use gotatun::{
+    device::Device,
+    packet::{Ip, Packet},
+};
+use tokio::sync::{mpsc, watch};
+
+use super::{Error, Transports, UserspaceTunnel, link, ping::Ping, tun};
+use crate::tunnel::Renewal;
+
+/// Longest time from the pause to the second engine's reading; it is undone then.
+const LIMIT: Duration = Duration::from_secs(3);
+/// Longest time that what was sent gets to arrive, however long the round trip.
+const MAX_DRAIN: Duration = Duration::from_millis(250);
+/// The engine's own queues empty within this, however short the round trip.
+const MIN_DRAIN: Duration = Duration::from_millis(10);
+/// How long a handshake under the old key may take: it measures the round trip, and shows that the provider is there.
+const MEASURE_TIMEOUT: Duration = Duration::from_secs(1);
+const PING_EVERY: Duration = Duration::from_millis(10);
+/// Packets that the kernel keeps meanwhile; 500 is its usual.
+const LONG_QUEUE: u32 = 4096;
+const USUAL_QUEUE: u32 = 500;
+
+/// The engines of one tunnel.
+pub(super) struct Engines {
+    inner: RwLock<Inner>,
+}
+
+struct Inner {
+    current: Arc<Device<Transports>>,
+    /// Still receives what was sent to the old key.
+    previous: Option<Arc<Device<Transports>>>,
+    /// Bytes received and sent by engines that are gone, by peer.
+    spent: Vec<(PublicKey, u64, u64)>,
+}
+
+impl Engines {
+    pub(super) fn new(device: Device<Transports>) -> Self {
+        let inner = Inner {
+            current: Arc::new(device),
+            previous: None,
+            spent: Vec::new(),
+        };
+        Self {
+            inner: RwLock::new(inner),
+        }
+    }
+
+    /// The one that reads the interface.
+    pub(super) fn current(&self) -> Arc<Device<Transports>> {
+        Arc::clone(&self.inner.read().unwrap_or_else(PoisonError::into_inner).current)
+    }
+
+    /// Both, and what earlier ones counted.
+    pub(super) fn all(&self) -> (Vec<Arc<Device<Transports>>>, Vec<(PublicKey, u64, u64)>) {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        let previous = inner.previous.iter();
+        let both = std::iter::once(&inner.current)
+            .chain(previous)
+            .map(Arc::clone)
+            .collect();
+        (both, inner.spent.clone())
+    }
+
+    fn succeed(&self, next: Arc<Device<Transports>>) -> Arc<Device<Transports>> {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut inner.current, next);
+        inner.previous = Some(Arc::clone(&old));
+        old
+    }
+
+    /// The previous engine is gone; this is what it counted.
+    fn retire(&self, counted: Vec<(PublicKey, u64, u64)>) {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        inner.previous = None;
+        inner.spent.extend(counted);
+    }
+
+    /// Stops them all.
+    pub(super) async fn stop(self) {
+        let inner = self.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
+        for device in [inner.previous, Some(inner.current)].into_iter().flatten() {
+            stop(device).await;
+        }
+    }
+}
+
+/// Stops at once; were somebody still using it, dropping it would stop it a little later.
+async fn stop(device: Arc<Device<Transports>>) {
+    if let Some(device) = Arc::into_inner(device) {
+        device.stop().await;
+    }
+}
+
+/// What one engine counted: bytes received and sent, by peer.
+pub(super) async fn counted(device: &Device<Transports>) -> Vec<(PublicKey, u64, u64)> {
+    let peers = device.peers().await;
+    peers
+        .into_iter()
+        .filter_map(|peer| {
+            let key = PublicKey::from_bytes(*peer.peer.public_key.as_bytes()).ok()?;
+            Some((key, peer.stats.rx_bytes as u64, peer.stats.tx_bytes as u64))
+        })
+        .collect()
+}
+
+/// Nobody reads while this lives; then the engine that did before reads on, unless another was let in.
+struct Pause<'a> {
+    turn: &'a watch::Sender<u64>,
+    next: u64,
+}
+
+impl<'a> Pause<'a> {
+    fn begin(turn: &'a watch::Sender<u64>) -> Self {
+        let next = turn.send_replace(tun::NOBODY);
+        Self { turn, next }
+    }
+}
+
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        self.turn.send_replace(self.next);
+    }
+}
+
+impl UserspaceTunnel {
+    pub(super) async fn hand_over(&self, renewal: Renewal) -> Result<(), Error> {
+        let mut last = self.renewals.lock().await;
+        let Renewal {
+            private_key,
+            peer,
+            source,
+            gateway,
+        } = renewal;
+        let key = peer.public_key;
+        let ping = self.ping(source, gateway)?;
+        let first = self.engines.current();
+        let started = Instant::now();
+        self.shake_hands(&first, key, MEASURE_TIMEOUT).await?;
+        let drain = started.elapsed().clamp(MIN_DRAIN, MAX_DRAIN);
+
+        *last += 1;
+        let number = *last;
+        let (moved, moved_seen) = watch::channel(false);
+        let (pings, injected) = mpsc::channel(4);
+        let reader = tun::Turn::new(number, self.turn.subscribe(), Some(injected));
+        // A fixed port is the first engine's until it is gone.
+        let second = self.engine(&private_key, 0, reader, Some((ping, moved))).await?;
+        second
+            .add_peers(vec![super::device_peer(&peer)])
+            .await
+            .map_err(|error| super::stopped(&self.interface, 0, error))?;
+        link::set_queue(self.index, LONG_QUEUE).await;
+
+        let mut pause = Pause::begin(&self.turn);
+        let paused = Instant::now();
+        let moving = async {
+            tokio::time::sleep(drain).await;
+            self.shake_hands(&second, key, LIMIT).await?;
+            until_answered(&ping, &pings, moved_seen).await;
+            Ok(())
+        };
+        match tokio::time::timeout(LIMIT, moving).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_elapsed) => {
+                return Err(Error::NotMoved { gateway, within: LIMIT });
+            }
+        }
+        pause.next = number;
+        drop(pause);
+        tracing::debug!(
+            interface = self.interface,
+            "the tunnel goes on under a new key; its sender paused for {:?}",
+            paused.elapsed()
+        );
+        self.peers.lock().await.insert(key, peer);
+        drop(first);
+        let old = self.engines.succeed(Arc::new(second));
+        // What was sent to the old key may still come; what waited in the kernel has to be read.
+        tokio::time::sleep((2 * drain).max(MAX_DRAIN)).await;
+        link::set_queue(self.index, USUAL_QUEUE).await;
+        let counted = counted(&old).await;
+        self.engines.retire(counted);
+        stop(old).await;
+        Ok(())
+    }
+
+    fn ping(&self, source: IpAddr, gateway: IpAddr) -> Result<Ping, Error> {
+        let mut mark = [0; 8];
+        aws_lc_rs::rand::fill(&mut mark)
+            .ok()
+            .and_then(|()| Ping::new(source, gateway, mark))
+            .ok_or(Error::NoGateway { ours: source, gateway })
+    }
+}
+
+/// Pings until something comes through the second engine.
+async fn until_answered(ping: &Ping, pings: &mpsc::Sender<Packet<Ip>>, mut moved: watch::Receiver<bool>) {
+    let asking = async {
+        let mut ticks = tokio::time::interval(PING_EVERY);
+        for sequence in 0.. {
+            ticks.tick().await;
+            let bytes = BytesMut::from(ping.request(sequence).as_slice());
+            if let Ok(packet) = Packet::from_bytes(bytes).try_into_ip()
+                && pings.send(packet).await.is_err()
+            {
+                break;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = asking => {}
+        // The sender lives in the engine that this waits for.
+        _ = moved.wait_for(|moved| *moved) => {}
+    }
+}

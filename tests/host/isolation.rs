@@ -33,6 +33,7 @@ fn network() -> ProviderNetwork {
         interface: PROVIDER_INTERFACE.into(),
         networks: vec!["10.96.0.1/20".parse().unwrap(), "fd00:96::1/64".parse().unwrap()],
         mtu_bytes: 1420,
+        public: Vec::new(),
     }
 }
 

@@ -10,8 +10,8 @@ use std::{
 
 use dvpn_common::{
     contract::{
-        Ack, ErrorBody, NODES_PATH, PeerAdded, PeerRemoved, REGISTER_PATH, RegisterRequest, RegisterResponse, Snapshot,
-        event,
+        Ack, ErrorBody, NODES_PATH, PeerAdded, PeerReleased, PeerRemoved, REGISTER_PATH, RegisterRequest,
+        RegisterResponse, Snapshot, event,
     },
     limits::{MAX_BODY_BYTES, MAX_LIST_BYTES, STREAM_PING},
 };
@@ -82,6 +82,8 @@ pub(super) enum PoolEvent {
     Added(PeerAdded),
     /// One client less.
     Removed(PeerRemoved),
+    /// One connection given back.
+    Released(PeerReleased),
 }
 
 /// The pool, as this node asks it. Cheap to clone.
@@ -247,6 +249,7 @@ fn parse(event: &Event) -> Result<Option<(String, PoolEvent)>, Error> {
         event::SNAPSHOT => serde_json::from_str(&event.data).map(PoolEvent::Snapshot),
         event::ADD => serde_json::from_str(&event.data).map(PoolEvent::Added),
         event::REMOVE => serde_json::from_str(&event.data).map(PoolEvent::Removed),
+        event::RELEASE => serde_json::from_str(&event.data).map(PoolEvent::Released),
         _ => return Ok(None),
     };
     let parsed = parsed.map_err(|source| Error::Format { what: "event", source })?;

@@ -7,6 +7,7 @@
 //! With [`TunnelConfig::offload`] both edges move up to 64 KB at a time: the kernel hands over and takes TCP
 //! super-packets, and UDP datagrams of one peer go out and come in as one message.
 
+mod confirm;
 mod headers;
 mod join;
 mod link;
@@ -14,7 +15,12 @@ mod split;
 mod tun;
 mod udp;
 
-use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    pin::pin,
+    sync::{Arc, Mutex as StdMutex, PoisonError},
+    time::Duration,
+};
 
 use dvpn_common::keys::PublicKey;
 use futures::future::BoxFuture;
@@ -65,6 +71,9 @@ pub struct UserspaceTunnel {
     /// What the device was told, so that telling it again is free: changing a peer costs a walk over all.
     peers: Mutex<HashMap<PublicKey, PeerConfig>>,
     death: watch::Receiver<Option<String>>,
+    answers: confirm::Answers,
+    /// Peers with a completed handshake behind them: a later one that is not complete yet takes nothing back.
+    met: StdMutex<HashSet<PublicKey>>,
     /// Resolves when the last user of the TUN has closed it.
     closed: oneshot::Receiver<()>,
     _link: AbortOnDropHandle<()>,
@@ -98,8 +107,9 @@ impl UserspaceTunnel {
                 interface: interface.clone(),
                 source,
             })?;
+        let answers = confirm::Answers::default();
         let device = DeviceBuilder::new()
-            .with_udp(udp::Factory::new(offload, death.clone()))
+            .with_udp(udp::Factory::new(offload, death.clone(), answers.clone()))
             .with_ip_pair(
                 tun::TunWriter::spawn(Arc::clone(&tun), death.clone()),
                 tun::TunReader::new(tun, mtu_seen, death),
@@ -121,6 +131,8 @@ impl UserspaceTunnel {
             device,
             peers: Mutex::default(),
             death: died,
+            answers,
+            met: StdMutex::default(),
             closed,
             _link: link,
         };
@@ -165,6 +177,7 @@ impl UserspaceTunnel {
             .await
             .map_err(|error| stopped(&self.interface, self.listen_port, error))?;
         known.remove(&peer);
+        self.met.lock().unwrap_or_else(PoisonError::into_inner).remove(&peer);
         Ok(())
     }
 
@@ -234,12 +247,23 @@ impl UserspaceTunnel {
 
     async fn peer_stats(&self) -> Vec<PeerStats> {
         let seen = self.device.peers().await;
+        let mut met = self.met.lock().unwrap_or_else(PoisonError::into_inner);
         seen.into_iter()
             .filter_map(|peer| {
+                let public_key = PublicKey::from_bytes(*peer.peer.public_key.as_bytes()).ok()?;
+                let endpoint = peer.peer.endpoint;
+                let complete = |_: &Duration| {
+                    let complete =
+                        met.contains(&public_key) || !endpoint.is_some_and(|address| self.answers.open_to(address));
+                    if complete {
+                        met.insert(public_key);
+                    }
+                    complete
+                };
                 Some(PeerStats {
-                    public_key: PublicKey::from_bytes(*peer.peer.public_key.as_bytes()).ok()?,
-                    endpoint: peer.peer.endpoint,
-                    last_handshake: peer.stats.last_handshake,
+                    public_key,
+                    endpoint,
+                    last_handshake: peer.stats.last_handshake.filter(complete),
                     rx_bytes: peer.stats.rx_bytes as u64,
                     tx_bytes: peer.stats.tx_bytes as u64,
                 })

@@ -27,6 +27,17 @@ fn begin(place: &Namespace, from: &str, ports: std::ops::Range<u16>) {
     });
 }
 
+/// What should be reachable is, on however busy a machine: asked until it answers.
+fn reaches(place: &Namespace, to: &str) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < deadline {
+        if ask(place, to).is_some() {
+            return true;
+        }
+    }
+    false
+}
+
 fn carried(world: &World, address: &str) -> u64 {
     let all = world.host.provider_carried().unwrap();
     all.get(&address.parse().unwrap())
@@ -50,7 +61,7 @@ fn ten_thousand_connections_at_once_are_refused_and_hurt_nobody_else() {
     // The client itself has to wait; the next one and the node do not.
     world.client.sh("ip route replace default via 10.96.0.1 src 10.96.0.3");
     assert_eq!(ask(&world.client, "203.0.113.80:80").as_deref(), Some("198.51.100.1"));
-    assert!(ask(&world.here, "203.0.113.80:80").is_some());
+    assert!(reaches(&world.here, "203.0.113.80:80"));
     // Connections that stand are not asked again, however many packets they have without an answer.
     world.client.run(|| {
         let socket = UdpSocket::bind("10.96.0.3:0").unwrap();
@@ -80,21 +91,21 @@ fn a_client_has_so_many_connections_open_and_no_more() {
     }
     assert_eq!(carried(&world, "10.96.0.2"), u64::from(MAX_CONNECTIONS));
     world.client.sh("ip route replace default via 10.96.0.1 src 10.96.0.3");
-    assert!(ask(&world.client, "203.0.113.80:80").is_some(), "another client's count is its own");
+    assert!(reaches(&world.client, "203.0.113.80:80"), "another client's count is its own");
 }
 
 #[test]
 fn clients_connections_are_in_a_zone_of_their_own_and_counted_both_ways() {
     let world = world();
     whoami(&world.upstream, 80);
-    assert!(ask(&world.client, "203.0.113.80:80").is_some());
-    assert!(ask(&world.client, "[2001:db8:9::80]:80").is_some());
-    assert!(ask(&world.here, "203.0.113.80:80").is_some());
+    assert!(reaches(&world.client, "203.0.113.80:80"));
+    assert!(reaches(&world.client, "[2001:db8:9::80]:80"));
+    assert!(reaches(&world.here, "203.0.113.80:80"));
     let tracked = world.here.sh("cat /proc/net/nf_conntrack");
     let of = |source: &str| -> Vec<&str> { tracked.lines().filter(|line| line.contains(source)).collect() };
     let (ours, own) = (of("src=10.96.0.2 "), of("src=198.51.100.1 dst=203.0.113.80 "));
     assert!(!ours.is_empty() && ours.iter().all(|line| line.contains("zone-orig=3409")), "{tracked}");
-    assert!(own.iter().any(|line| !line.contains("zone")), "{tracked}");
+    assert!(own.iter().any(|line| !line.contains("zone-orig")), "{tracked}");
     let all = world.host.provider_carried().unwrap();
     for address in ["10.96.0.2", "fd00:96::2"] {
         let carried = all[&address.parse::<IpAddr>().unwrap()];
@@ -113,11 +124,11 @@ fn the_nodes_public_address_is_no_way_back_to_its_services() {
     whoami(&world.upstream, 80);
     // The router in front of the node has its public address and would send the packet back.
     world.upstream.sh("ip addr add 203.0.113.200/32 dev lo");
-    assert!(ask(&world.client, "203.0.113.200:80").is_some());
+    assert!(reaches(&world.client, "203.0.113.200:80"));
     let public = vec!["203.0.113.200".parse().unwrap()];
     world.runtime.block_on(world.host.provider_public(public)).unwrap();
     world.assert_refused("203.0.113.200:80", refused::NODE);
-    assert!(ask(&world.client, "203.0.113.80:80").is_some());
+    assert!(reaches(&world.client, "203.0.113.80:80"));
 }
 
 const LAN_V6: &str = "ip addr add 2001:db8:77::1/64 dev lan0 nodad";
@@ -130,7 +141,7 @@ fn an_ipv6_network_that_the_node_is_on_is_refused() {
         lan.sh(HOST_V6);
     });
     whoami(&world.lan, 80);
-    assert!(ask(&world.here, "[2001:db8:77::9]:80").is_some());
+    assert!(reaches(&world.here, "[2001:db8:77::9]:80"));
     world.assert_refused("[2001:db8:77::9]:80", refused::ON_LINK);
     world.assert_refused("[2001:db8:1::ff]:80", refused::ON_LINK);
 }
@@ -160,13 +171,13 @@ fn on_an_older_kernel_ipv6_is_forwarded_for_clients_and_for_nobody_else() {
     world.upstream.sh("ip -6 route add 2001:db8:77::/64 via 2001:db8:1::1; ip route add 192.168.7.0/24 via 198.51.100.1");
     let forwarding = || std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/forwarding").unwrap();
     assert_eq!(forwarding().trim(), "1", "there is no other switch");
-    assert!(ask(&world.client, "[2001:db8:9::80]:80").is_some());
+    assert!(reaches(&world.client, "[2001:db8:9::80]:80"));
     for (place, to) in [(&world.lan, "[2001:db8:9::80]:80"), (&world.upstream, "[2001:db8:77::9]:80")] {
         let before = world.refused(refused::TRANSIT);
         assert_eq!(ask(place, to), None, "{to}");
         assert!(world.refused(refused::TRANSIT) > before, "{to}");
     }
-    assert!(ask(&world.upstream, "192.168.7.9:80").is_some(), "IPv4 it forwarded before");
+    assert!(reaches(&world.upstream, "192.168.7.9:80"), "IPv4 it forwarded before");
     world.runtime.block_on(world.host.provider_refresh()).unwrap();
     assert_eq!(ask(&world.lan, "[2001:db8:9::80]:80"), None, "a refresh knows that the switch was ours");
     world.runtime.block_on(world.host.provider_down()).unwrap();
@@ -183,7 +194,7 @@ fn a_machine_that_routed_ipv6_before_goes_on_routing_it() {
     whoami(&world.lan, 80);
     whoami(&world.upstream, 80);
     world.upstream.sh("ip -6 route add 2001:db8:77::/64 via 2001:db8:1::1; ip route add 192.168.7.0/24 via 198.51.100.1");
-    assert!(ask(&world.upstream, "[2001:db8:77::9]:80").is_some());
-    assert!(ask(&world.lan, "[2001:db8:9::80]:80").is_some());
+    assert!(reaches(&world.upstream, "[2001:db8:77::9]:80"));
+    assert!(reaches(&world.lan, "[2001:db8:9::80]:80"));
     assert_eq!(ask(&world.upstream, "192.168.7.9:80"), None, "IPv4 it did not forward before");
 }

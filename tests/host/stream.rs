@@ -78,6 +78,8 @@ struct Bed {
 
 impl Bed {
     fn new(networks: &'static [&'static str]) -> Self {
+        // Another test of this process may have done it already.
+        drop(rustls::crypto::aws_lc_rs::default_provider().install_default());
         let [node, clients] = joined_pair().unwrap();
         node.sh("ip route add default via 10.77.0.2").unwrap();
         let (pool, address) = node.run(Pool::serve(networks)).unwrap();

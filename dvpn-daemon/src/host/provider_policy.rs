@@ -186,7 +186,8 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
     batch.rule("forward", Rule::new().output_is(interface).established().accept());
     batch.rule("forward", refuse(Rule::new().output_is(interface), refused::INBOUND));
     for (family, router) in [(Family::V4, facts.router.ipv4), (Family::V6, facts.router.ipv6)] {
-        if router {
+        // Where we switch nothing on, what is forwarded is somebody else's.
+        if router || !facts.networks.iter().any(|network| Family::of(network) == family) {
             continue;
         }
         if family == Family::V6 && facts.router.ipv6_everywhere_by_us {

@@ -211,11 +211,7 @@ impl FromStr for Schedule {
             (from != to && from < DAY_MINUTES).then_some(Window { from, to })
         };
         let windows = text.split(',').map(str::trim).filter(|part| !part.is_empty());
-        windows
-            .map(window)
-            .collect::<Option<_>>()
-            .map(Self)
-            .ok_or_else(wrong)
+        windows.map(window).collect::<Option<_>>().map(Self).ok_or_else(wrong)
     }
 }
 
@@ -276,7 +272,15 @@ mod tests {
     #[test]
     fn a_schedule_that_does_not_read_is_refused() {
         for bad in [
-            "22-06", "22:00", "22:00-22:00", "24:00-06:00", "22:60-23:00", "22:00-24:01", "9:00-10:00", "x", "-",
+            "22-06",
+            "22:00",
+            "22:00-22:00",
+            "24:00-06:00",
+            "22:60-23:00",
+            "22:00-24:01",
+            "9:00-10:00",
+            "x",
+            "-",
         ] {
             assert!(bad.parse::<Schedule>().is_err(), "{bad}");
         }

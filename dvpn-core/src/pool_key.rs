@@ -33,11 +33,7 @@ pub enum Error {
 
 /// Follows the pool from the `pinned` key to the `wanted` one along `rotations`, oldest first. Links before the pinned
 /// key are passed over; every link after it must be signed by its own `from`. The answer is `wanted`, now to be pinned.
-pub fn follow(
-    pinned: VerifyingKey,
-    wanted: VerifyingKey,
-    rotations: &[KeyRotation],
-) -> Result<VerifyingKey, Error> {
+pub fn follow(pinned: VerifyingKey, wanted: VerifyingKey, rotations: &[KeyRotation]) -> Result<VerifyingKey, Error> {
     if rotations.len() > MAX_ROTATIONS {
         return Err(Error::TooLong(rotations.len()));
     }
@@ -105,7 +101,11 @@ mod tests {
         };
         assert_eq!(follow(key(1), key(2), &[]), no_path(1, 2));
         assert_eq!(follow(key(1), key(4), &[link(1, 2, 1), link(3, 4, 3)]), no_path(1, 4));
-        assert_eq!(follow(key(2), key(1), &[link(1, 2, 1)]), no_path(2, 1), "an old key does not come back");
+        assert_eq!(
+            follow(key(2), key(1), &[link(1, 2, 1)]),
+            no_path(2, 1),
+            "an old key does not come back"
+        );
         assert_eq!(
             follow(key(1), key(2), &[link(1, 2, 9)]),
             Err(Error::Signature {
@@ -117,7 +117,10 @@ mod tests {
             signature: "@".into(),
             ..link(1, 2, 1)
         };
-        assert!(matches!(follow(key(1), key(2), &[unsigned]), Err(Error::Signature { .. })));
+        assert!(matches!(
+            follow(key(1), key(2), &[unsigned]),
+            Err(Error::Signature { .. })
+        ));
         let long = vec![link(1, 2, 1); MAX_ROTATIONS + 1];
         assert_eq!(follow(key(1), key(2), &long), Err(Error::TooLong(MAX_ROTATIONS + 1)));
     }

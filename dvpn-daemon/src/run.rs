@@ -315,7 +315,10 @@ async fn start_node(
 ) -> Option<Node> {
     // Also what an earlier run left that was killed, or whose owner has changed their mind since.
     if let Err(error) = host.provider_down().await {
-        tracing::debug!("nothing of an earlier provider side could be removed: {}", chain(&error));
+        tracing::debug!(
+            "nothing of an earlier provider side could be removed: {}",
+            chain(&error)
+        );
     }
     if !config.node.register {
         return None;

@@ -248,7 +248,11 @@ fn an_approval_holds_only_in_its_time() {
     };
     assert_eq!(ends(NOW - 119), Ok(second(NOW + 1)));
     assert_eq!(ends(NOW - 120), Err(Refusal::Over(second(NOW - 120))));
-    assert_eq!(ends(NOW + 7200), Ok(second(NOW + 3600 + 120)), "the approval's own end counts");
+    assert_eq!(
+        ends(NOW + 7200),
+        Ok(second(NOW + 3600 + 120)),
+        "the approval's own end counts"
+    );
 }
 
 #[test]

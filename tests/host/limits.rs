@@ -91,7 +91,10 @@ fn a_client_has_so_many_connections_open_and_no_more() {
     }
     assert_eq!(carried(&world, "10.96.0.2"), u64::from(MAX_CONNECTIONS));
     world.client.sh("ip route replace default via 10.96.0.1 src 10.96.0.3");
-    assert!(reaches(&world.client, "203.0.113.80:80"), "another client's count is its own");
+    assert!(
+        reaches(&world.client, "203.0.113.80:80"),
+        "another client's count is its own"
+    );
 }
 
 #[test]
@@ -104,14 +107,23 @@ fn clients_connections_are_in_a_zone_of_their_own_and_counted_both_ways() {
     let tracked = world.here.sh("cat /proc/net/nf_conntrack");
     let of = |source: &str| -> Vec<&str> { tracked.lines().filter(|line| line.contains(source)).collect() };
     let (ours, own) = (of("src=10.96.0.2 "), of("src=198.51.100.1 dst=203.0.113.80 "));
-    assert!(!ours.is_empty() && ours.iter().all(|line| line.contains("zone-orig=3409")), "{tracked}");
+    assert!(
+        !ours.is_empty() && ours.iter().all(|line| line.contains("zone-orig=3409")),
+        "{tracked}"
+    );
     assert!(own.iter().any(|line| !line.contains("zone-orig")), "{tracked}");
     let all = world.host.provider_carried().unwrap();
     for address in ["10.96.0.2", "fd00:96::2"] {
         let carried = all[&address.parse::<IpAddr>().unwrap()];
         // SYN, ACK, FIN at the least each way; headers and the answer.
-        assert!(carried.sent.packets >= 3 && carried.received.packets >= 3, "{address}: {carried:?}");
-        assert!(carried.sent.bytes >= 120 && carried.received.bytes >= 120, "{address}: {carried:?}");
+        assert!(
+            carried.sent.packets >= 3 && carried.received.packets >= 3,
+            "{address}: {carried:?}"
+        );
+        assert!(
+            carried.sent.bytes >= 120 && carried.received.bytes >= 120,
+            "{address}: {carried:?}"
+        );
     }
     // A change of the rules keeps what was counted.
     world.runtime.block_on(world.host.provider_refresh()).unwrap();
@@ -168,18 +180,27 @@ fn on_an_older_kernel_ipv6_is_forwarded_for_clients_and_for_nobody_else() {
     });
     whoami(&world.upstream, 80);
     whoami(&world.lan, 80);
-    world.upstream.sh("ip -6 route add 2001:db8:77::/64 via 2001:db8:1::1; ip route add 192.168.7.0/24 via 198.51.100.1");
+    world
+        .upstream
+        .sh("ip -6 route add 2001:db8:77::/64 via 2001:db8:1::1; ip route add 192.168.7.0/24 via 198.51.100.1");
     let forwarding = || std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/forwarding").unwrap();
     assert_eq!(forwarding().trim(), "1", "there is no other switch");
     assert!(reaches(&world.client, "[2001:db8:9::80]:80"));
-    for (place, to) in [(&world.lan, "[2001:db8:9::80]:80"), (&world.upstream, "[2001:db8:77::9]:80")] {
+    for (place, to) in [
+        (&world.lan, "[2001:db8:9::80]:80"),
+        (&world.upstream, "[2001:db8:77::9]:80"),
+    ] {
         let before = world.refused(refused::TRANSIT);
         assert_eq!(ask(place, to), None, "{to}");
         assert!(world.refused(refused::TRANSIT) > before, "{to}");
     }
     assert!(reaches(&world.upstream, "192.168.7.9:80"), "IPv4 it forwarded before");
     world.runtime.block_on(world.host.provider_refresh()).unwrap();
-    assert_eq!(ask(&world.lan, "[2001:db8:9::80]:80"), None, "a refresh knows that the switch was ours");
+    assert_eq!(
+        ask(&world.lan, "[2001:db8:9::80]:80"),
+        None,
+        "a refresh knows that the switch was ours"
+    );
     world.runtime.block_on(world.host.provider_down()).unwrap();
     assert_eq!(forwarding().trim(), "0");
 }
@@ -193,8 +214,14 @@ fn a_machine_that_routed_ipv6_before_goes_on_routing_it() {
     });
     whoami(&world.lan, 80);
     whoami(&world.upstream, 80);
-    world.upstream.sh("ip -6 route add 2001:db8:77::/64 via 2001:db8:1::1; ip route add 192.168.7.0/24 via 198.51.100.1");
+    world
+        .upstream
+        .sh("ip -6 route add 2001:db8:77::/64 via 2001:db8:1::1; ip route add 192.168.7.0/24 via 198.51.100.1");
     assert!(reaches(&world.upstream, "[2001:db8:77::9]:80"));
     assert!(reaches(&world.lan, "[2001:db8:9::80]:80"));
-    assert_eq!(ask(&world.upstream, "192.168.7.9:80"), None, "IPv4 it did not forward before");
+    assert_eq!(
+        ask(&world.upstream, "192.168.7.9:80"),
+        None,
+        "IPv4 it did not forward before"
+    );
 }

@@ -170,21 +170,26 @@ impl Pool {
     /// Waits for the acknowledgement of this or a later change.
     pub(crate) async fn ack(&self, sequence: u64) -> Ack {
         let mut acks = self.0.acks.subscribe();
-        let found = acks.wait_for(|acks| acks.iter().any(|ack| ack.sequence >= sequence)).await.unwrap();
+        let found = acks
+            .wait_for(|acks| acks.iter().any(|ack| ack.sequence >= sequence))
+            .await
+            .unwrap();
         found.iter().find(|ack| ack.sequence >= sequence).unwrap().clone()
     }
 
     /// Waits for a registration like this.
     pub(crate) async fn registration(&self, like: impl Fn(&RegisterRequest) -> bool) {
         let mut registered = self.0.registered.subscribe();
-        registered
-            .wait_for(|all| all.last().is_some_and(&like))
-            .await
-            .unwrap();
+        registered.wait_for(|all| all.last().is_some_and(&like)).await.unwrap();
     }
 
     async fn acknowledged(&self, sequence: u64) -> Option<String> {
-        self.ack(sequence).await.refused.into_iter().next().map(|peer| peer.reason)
+        self.ack(sequence)
+            .await
+            .refused
+            .into_iter()
+            .next()
+            .map(|peer| peer.reason)
     }
 
     fn next(&self) -> u64 {

@@ -23,7 +23,10 @@ fn a_node_serves_its_clients_by_its_uplink_while_it_is_itself_a_client_elsewhere
     };
     let daemon = world.providers.first().context("the node's daemon")?;
     world.pay_and_connect()?;
-    ensure!(world.ask().exit_address(TIMEOUT)? == node.address, "the client leaves through the node");
+    ensure!(
+        world.ask().exit_address(TIMEOUT)? == node.address,
+        "the client leaves through the node"
+    );
 
     // The node pays and connects too: to the other one, never to itself.
     let checkout = daemon.client.begin_checkout()?;
@@ -36,11 +39,17 @@ fn a_node_serves_its_clients_by_its_uplink_while_it_is_itself_a_client_elsewhere
         .connect(CONNECT_PATIENCE)
         .with_context(|| format!("the node's log ends:\n{}", daemon.process.log_tail()))?;
     ensure!(
-        status.candidates.iter().all(|candidate| candidate.id.as_str() != "provider-a"),
+        status
+            .candidates
+            .iter()
+            .all(|candidate| candidate.id.as_str() != "provider-a"),
         "a node is no candidate of its own: {:?}",
         status.candidates
     );
-    ensure!(daemon.client.exit_address(TIMEOUT)? == other.address, "the node's own traffic leaves elsewhere");
+    ensure!(
+        daemon.client.exit_address(TIMEOUT)? == other.address,
+        "the node's own traffic leaves elsewhere"
+    );
     ensure!(
         world.ask().exit_address(TIMEOUT)? == node.address,
         "its client's traffic goes by the node's uplink and not into the node's tunnel"
@@ -50,12 +59,20 @@ fn a_node_serves_its_clients_by_its_uplink_while_it_is_itself_a_client_elsewhere
     world.ask().disconnect(CONNECT_PATIENCE)?;
     world.ask().connect(CONNECT_PATIENCE)?;
     ensure!(world.ask().exit_address(TIMEOUT)? == node.address);
-    let seen = daemon.client.wait_status("a client that is counted as active", PATIENCE, |status| {
-        status.node.as_ref().is_some_and(|node| node.clients >= 1 && node.active >= 1)
-    })?;
+    let seen = daemon
+        .client
+        .wait_status("a client that is counted as active", PATIENCE, |status| {
+            status
+                .node
+                .as_ref()
+                .is_some_and(|node| node.clients >= 1 && node.active >= 1)
+        })?;
     let side = seen.node.context("the provider side in /health")?;
     ensure!(side.listed && side.up && side.admission == "open", "{side:?}");
-    ensure!(matches!(side.reachability, None | Some(Reachability::Reachable)), "{side:?}");
+    ensure!(
+        matches!(side.reachability, None | Some(Reachability::Reachable)),
+        "{side:?}"
+    );
     daemon.client.disconnect(CONNECT_PATIENCE)?;
     ensure!(world.ask().exit_address(TIMEOUT)? == node.address);
     let (_, metrics) = daemon.client.control("/metrics")?;
@@ -76,13 +93,23 @@ fn an_owner_who_did_not_accept_the_terms_is_told_and_is_no_provider() -> Result<
     let mut gone = gone;
     gone.process.kill()?;
     drop(gone);
-    ensure!(machine.namespace.output("nft", &["list", "tables"])?.contains("dvpn_provider"));
+    ensure!(
+        machine
+            .namespace
+            .output("nft", &["list", "tables"])?
+            .contains("dvpn_provider")
+    );
     let daemon = node::Daemon::spawn(&world.network, machine, environment.with("NODE_ACCEPT_TERMS", "false"))?;
-    let status = daemon.client.wait_status("the reason", PATIENCE, |status| status.node.is_some())?;
+    let status = daemon
+        .client
+        .wait_status("the reason", PATIENCE, |status| status.node.is_some())?;
     let problem = status.node.and_then(|node| node.problem).context("a problem")?;
     ensure!(problem.how.contains("NODE_ACCEPT_TERMS=true"), "{problem:?}");
     ensure!(
-        !machine.namespace.output("nft", &["list", "tables"])?.contains("dvpn_provider"),
+        !machine
+            .namespace
+            .output("nft", &["list", "tables"])?
+            .contains("dvpn_provider"),
         "nothing of an earlier provider side stands"
     );
     Ok(())

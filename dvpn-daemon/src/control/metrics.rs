@@ -161,8 +161,14 @@ impl Metrics {
             let client = peer.peer.to_string();
             for (direction, counter) in [("sent", peer.carried.sent), ("received", peer.carried.received)] {
                 let labels = [client.as_str(), direction];
-                self.0.client_packets.with_label_values(&labels).set(number(counter.packets));
-                self.0.client_bytes.with_label_values(&labels).set(number(counter.bytes));
+                self.0
+                    .client_packets
+                    .with_label_values(&labels)
+                    .set(number(counter.packets));
+                self.0
+                    .client_bytes
+                    .with_label_values(&labels)
+                    .set(number(counter.bytes));
             }
         }
     }

@@ -65,7 +65,13 @@ impl Host {
 
     /// Changes the addresses that others know this node by.
     pub async fn provider_public(&self, public: Vec<IpAddr>) -> Result<(), Error> {
-        self.inner.provider.lock().await.as_mut().ok_or(Error::ProviderDown)?.public = public;
+        self.inner
+            .provider
+            .lock()
+            .await
+            .as_mut()
+            .ok_or(Error::ProviderDown)?
+            .public = public;
         self.provider_refresh().await
     }
 

@@ -181,7 +181,10 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
     batch.rule("forward", Rule::new().input_is(interface).goto("from_peers"));
     batch.rule(
         "forward",
-        Rule::new().output_is(interface).established().jump(provider_meter::RECEIVED),
+        Rule::new()
+            .output_is(interface)
+            .established()
+            .jump(provider_meter::RECEIVED),
     );
     batch.rule("forward", Rule::new().output_is(interface).established().accept());
     batch.rule("forward", refuse(Rule::new().output_is(interface), refused::INBOUND));
@@ -231,7 +234,10 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
         batch.rule("uplink", Rule::new().output_is(uplink).goto("allowed"));
     }
     batch.rule("allowed", refuse(Rule::new().invalid(), refused::INVALID));
-    batch.rule("allowed", Rule::new().first_of_connection().jump(provider_meter::LIMITS));
+    batch.rule(
+        "allowed",
+        Rule::new().first_of_connection().jump(provider_meter::LIMITS),
+    );
     batch.rule("allowed", Rule::new().jump(provider_meter::SENT));
     batch.rule("allowed", Rule::new().accept());
     batch.rule("uplink", refuse(Rule::new(), refused::NOT_UPLINK));
@@ -247,7 +253,11 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
         for protocol in [UDP, TCP] {
             batch.rule(
                 "to_gateway",
-                Rule::new().from(network).to(&gateway).port(protocol, 53).goto("allowed"),
+                Rule::new()
+                    .from(network)
+                    .to(&gateway)
+                    .port(protocol, 53)
+                    .goto("allowed"),
             );
         }
         let (protocol, echo) = if network.is_ipv4() {
@@ -257,13 +267,20 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
         };
         batch.rule(
             "to_gateway",
-            Rule::new().from(network).to(&gateway).icmp(protocol, echo).goto("allowed"),
+            Rule::new()
+                .from(network)
+                .to(&gateway)
+                .icmp(protocol, echo)
+                .goto("allowed"),
         );
     }
     batch.rule("to_gateway", refuse(Rule::new(), refused::NODE));
     batch.rule(
         "output",
-        Rule::new().output_is(interface).established().jump(provider_meter::RECEIVED),
+        Rule::new()
+            .output_is(interface)
+            .established()
+            .jump(provider_meter::RECEIVED),
     );
     batch.rule("output", Rule::new().output_is(interface).established().accept());
     batch.rule("output", refuse(Rule::new().output_is(interface), refused::INBOUND));

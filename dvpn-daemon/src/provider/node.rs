@@ -265,7 +265,10 @@ impl<'a> Node<'a> {
                 self.config.host.provider_public(public).await.map_err(Error::Host)?;
             }
         }
-        if self.roster.set_prober(told.prober.filter(|key| *key != self.config.public_key)) {
+        if self
+            .roster
+            .set_prober(told.prober.filter(|key| *key != self.config.public_key))
+        {
             self.reconcile().await?;
         }
         Ok(())
@@ -487,9 +490,7 @@ impl<'a> Node<'a> {
     /// What clients carried since the last time goes to them and to the month.
     fn count(&mut self, at: Timestamp) -> Result<(), Error> {
         let carried = self.config.host.provider_carried().map_err(Error::Host)?;
-        let bytes = self
-            .volume
-            .add(carried, self.roster.holding_clients(), &self.numbers);
+        let bytes = self.volume.add(carried, self.roster.holding_clients(), &self.numbers);
         let before = self.usage;
         self.usage = self.usage.plus(bytes, at);
         let cap = self.config.rules.monthly_cap_bytes;
@@ -545,7 +546,11 @@ fn now() -> Now {
 /// Global addresses that this node is known by.
 fn public_addresses(endpoint: Option<&str>, observed: Option<IpAddr>) -> Vec<IpAddr> {
     let configured = endpoint.and_then(|text| text.parse::<SocketAddr>().ok());
-    let mut all: Vec<IpAddr> = configured.map(|endpoint| endpoint.ip()).into_iter().chain(observed).collect();
+    let mut all: Vec<IpAddr> = configured
+        .map(|endpoint| endpoint.ip())
+        .into_iter()
+        .chain(observed)
+        .collect();
     all.sort();
     all.dedup();
     all

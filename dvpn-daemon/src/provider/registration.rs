@@ -138,9 +138,7 @@ impl Registration {
             .await
             .map_err(|error| with_sources(&error))?;
         if !leaving {
-            let key_problem = response
-                .pool_key
-                .and_then(|key| self.learn(key, &response.rotations));
+            let key_problem = response.pool_key.and_then(|key| self.learn(key, &response.rotations));
             let verdict = verdict(&Facts {
                 reachability: response.reachability,
                 reason: response.reason.as_deref(),

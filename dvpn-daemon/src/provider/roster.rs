@@ -205,7 +205,12 @@ impl Roster {
     /// Removes every client that is not among these.
     pub(super) fn retain(&mut self, entries: &[PeerEntry]) {
         let named: BTreeSet<&PublicKey> = entries.iter().map(|entry| &entry.public_key).collect();
-        let gone: Vec<PublicKey> = self.clients.keys().filter(|key| !named.contains(key)).copied().collect();
+        let gone: Vec<PublicKey> = self
+            .clients
+            .keys()
+            .filter(|key| !named.contains(key))
+            .copied()
+            .collect();
         gone.iter().for_each(|key| self.remove(key));
     }
 
@@ -348,7 +353,11 @@ impl Roster {
     pub(super) fn plan(&self, observed: &BTreeSet<PublicKey>) -> Plan {
         let clients = self.clients.values().filter(|_| !self.closed).map(|client| {
             let held = client.waits_for.is_none();
-            let addresses = if held { client.admitted.addresses.as_slice() } else { &[] };
+            let addresses = if held {
+                client.admitted.addresses.as_slice()
+            } else {
+                &[]
+            };
             (client.admitted.key, addresses)
         });
         let prober = self.prober.filter(|key| !self.clients.contains_key(key));
@@ -366,7 +375,11 @@ impl Roster {
                     keepalive: None,
                 })
                 .collect(),
-            remove: observed.iter().filter(|key| !desired.contains_key(key)).copied().collect(),
+            remove: observed
+                .iter()
+                .filter(|key| !desired.contains_key(key))
+                .copied()
+                .collect(),
         }
     }
 

@@ -50,7 +50,10 @@ impl Serials {
             let (name, numbers) = record.split_first_chunk::<16>()?;
             let (serial, until) = numbers.split_first_chunk::<8>()?;
             let until = i64::from_be_bytes(until.try_into().ok()?);
-            seen.insert(*name, (u64::from_be_bytes(*serial), Timestamp::from_second(until).ok()?));
+            seen.insert(
+                *name,
+                (u64::from_be_bytes(*serial), Timestamp::from_second(until).ok()?),
+            );
         }
         Some(Self {
             seen,
@@ -134,7 +137,10 @@ mod tests {
         let bytes = serials.encode();
         assert!(!bytes.windows(8).any(|window| window == [1; 8] || window == [2; 8]));
         let again = Serials::decode(&bytes, at(3000));
-        assert_eq!(again.check(&key(1), 6, at(900)), Err(Refusal::Serial { offered: 6, seen: 7 }));
+        assert_eq!(
+            again.check(&key(1), 6, at(900)),
+            Err(Refusal::Serial { offered: 6, seen: 7 })
+        );
         assert_eq!(again.check(&key(1), 7, at(900)), Ok(()));
         assert_eq!(again.check(&key(3), 1, at(900)), Ok(()));
     }
@@ -144,7 +150,12 @@ mod tests {
         let mut serials = Serials::default();
         serials.note(&key(1), 7, at(1000)).unwrap();
         let bytes = serials.encode();
-        for bad in [&bytes[..bytes.len() - 1], &[&bytes[..], &[0]].concat(), b"", b"something else"] {
+        for bad in [
+            &bytes[..bytes.len() - 1],
+            &[&bytes[..], &[0]].concat(),
+            b"",
+            b"something else",
+        ] {
             let read = Serials::decode(bad, at(5000));
             assert_eq!(read.check(&key(9), 100, at(4999)), Err(Refusal::Forgotten));
             assert_eq!(read.check(&key(9), 100, at(5000)), Ok(()));

@@ -49,7 +49,10 @@ pub(super) fn verdict(facts: &Facts<'_>) -> Option<Problem> {
                     "behind a router, forward UDP ports {port} and {probe_port} to this machine and set \
                      NODE_PUBLIC_ENDPOINT={}; behind a CGNAT nobody can forward them, and this machine can not be a \
                      provider here",
-                    facts.observed.map_or_else(|| format!("IP:{port}"), |address| std::net::SocketAddr::new(address, *port).to_string())
+                    facts.observed.map_or_else(
+                        || format!("IP:{port}"),
+                        |address| std::net::SocketAddr::new(address, *port).to_string()
+                    )
                 ),
             )
         }
@@ -86,7 +89,10 @@ mod tests {
         assert!(how(Reachability::NoEcho).contains("51821"));
         assert!(how(Reachability::NoHandshake).contains("open UDP port 51820"));
         let other = how(Reachability::OtherAddress);
-        assert!(other.contains("NODE_PUBLIC_ENDPOINT=203.0.113.7:51820") && other.contains("CGNAT"), "{other}");
+        assert!(
+            other.contains("NODE_PUBLIC_ENDPOINT=203.0.113.7:51820") && other.contains("CGNAT"),
+            "{other}"
+        );
         assert!(verdict(&facts(None, false)).unwrap().what.contains("not approved yet"));
         assert_eq!(verdict(&facts(Some(Reachability::Reachable), true)), None);
         assert_eq!(verdict(&facts(None, true)), None);

@@ -96,9 +96,17 @@ mod tests {
                 sent: CounterValue { packets, bytes },
                 received: CounterValue::default(),
             };
-            [("10.96.0.2".parse().unwrap(), carried), ("10.96.0.9".parse().unwrap(), carried)].into()
+            [
+                ("10.96.0.2".parse().unwrap(), carried),
+                ("10.96.0.9".parse().unwrap(), carried),
+            ]
+            .into()
         };
-        assert_eq!(volume.add(count(100, 1), clients.iter(), &numbers), 200, "also of who is gone");
+        assert_eq!(
+            volume.add(count(100, 1), clients.iter(), &numbers),
+            200,
+            "also of who is gone"
+        );
         assert_eq!(volume.add(count(150, 2), clients.iter(), &numbers), 100);
         assert_eq!(volume.add(count(30, 1), clients.iter(), &numbers), 60);
         assert_eq!(volume.of(number).sent, CounterValue { packets: 3, bytes: 180 });

@@ -161,7 +161,9 @@ impl Batch {
             Family::V4 => (7, 4),
             Family::V6 => (8, 16),
         };
-        let timeout = set.forget_after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
+        let timeout = set
+            .forget_after
+            .map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
         let flags = SET_DYNAMIC | if timeout.is_some() { SET_TIMEOUT } else { 0 };
         let mut attributes = vec![
             DefaultNla::new(NFTA_SET_TABLE, nul_terminated(&self.table)),

@@ -198,7 +198,13 @@ impl Rule {
     }
     /// Counts packets and bytes of each destination.
     pub(crate) fn count_destination(self, set: &AddressSet) -> Self {
-        self.each(Side::Destination, set, DYNSET_UPDATE, "counter", &COUNT_FROM_ZERO.map(zero))
+        self.each(
+            Side::Destination,
+            set,
+            DYNSET_UPDATE,
+            "counter",
+            &COUNT_FROM_ZERO.map(zero),
+        )
     }
 
     /// Counts the packet on the table's counter of that name.

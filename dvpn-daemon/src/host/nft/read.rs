@@ -70,7 +70,8 @@ pub(crate) fn addresses(table: &str, set: &str) -> io::Result<BTreeMap<IpAddr, C
             let data = expression.and_then(|expression| attribute(&expression, NFTA_EXPRESSION_DATA));
             let address = key.and_then(|key| {
                 let v4 = <[u8; 4]>::try_from(key.as_slice()).map(IpAddr::from);
-                v4.or_else(|_longer| <[u8; 16]>::try_from(key.as_slice()).map(IpAddr::from)).ok()
+                v4.or_else(|_longer| <[u8; 16]>::try_from(key.as_slice()).map(IpAddr::from))
+                    .ok()
             });
             if let (Some(address), Some(data)) = (address, data) {
                 found.insert(address, counter(&data));

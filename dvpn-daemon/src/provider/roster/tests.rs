@@ -124,10 +124,16 @@ impl Bed {
         assert_eq!(self.roster.plan(&observed), Plan::default());
     }
     fn tunnel(&self) -> Vec<(u8, usize)> {
-        self.tunnel.iter().map(|(key, held)| (key.as_bytes()[0], held.len())).collect()
+        self.tunnel
+            .iter()
+            .map(|(key, held)| (key.as_bytes()[0], held.len()))
+            .collect()
     }
     fn active(&self) -> Vec<u8> {
-        self.roster.active(self.now.instant).map(|client| client.key.as_bytes()[0]).collect()
+        self.roster
+            .active(self.now.instant)
+            .map(|client| client.key.as_bytes()[0])
+            .collect()
     }
 }
 
@@ -141,7 +147,10 @@ fn a_renewal_waits_without_addresses_and_has_them_from_its_handshake_on() {
     assert!(bed.roster.watches(bed.now.instant));
     bed.pass(Duration::from_secs(31));
     bed.observe();
-    assert!(!bed.roster.watches(bed.now.instant), "watched closely for half a minute");
+    assert!(
+        !bed.roster.watches(bed.now.instant),
+        "watched closely for half a minute"
+    );
     assert_eq!(bed.active(), [1]);
     bed.shake(2);
     assert_eq!(bed.tunnel(), [(2, 1)]);
@@ -194,8 +203,16 @@ fn only_the_renewed_clients_own_addresses_are_shared() {
     let mut bed = Bed::new(10);
     bed.add(&entry(1, 2, None)).unwrap();
     bed.add(&entry(4, 4, None)).unwrap();
-    for thief in [entry(5, 2, None), entry(5, 2, Some(4)), entry(5, 2, Some(9)), entry(5, 2, Some(5))] {
-        assert_eq!(bed.add(&thief), Err("the address 10.96.0.2/32 is another client's".to_owned()));
+    for thief in [
+        entry(5, 2, None),
+        entry(5, 2, Some(4)),
+        entry(5, 2, Some(9)),
+        entry(5, 2, Some(5)),
+    ] {
+        assert_eq!(
+            bed.add(&thief),
+            Err("the address 10.96.0.2/32 is another client's".to_owned())
+        );
     }
     assert_eq!(bed.tunnel(), [(1, 1), (4, 1)]);
 }
@@ -255,7 +272,10 @@ fn a_draining_node_takes_renewals_and_snapshots_only_and_a_closed_one_has_no_pee
     assert_eq!(bed.add(&entry(3, 3, None)), Err(refused));
     bed.add(&entry(1, 2, None)).unwrap();
     bed.add(&entry(2, 2, Some(1))).unwrap();
-    assert_eq!(bed.replace(&[entry(1, 2, None), entry(2, 2, Some(1)), entry(3, 3, None)]), 0);
+    assert_eq!(
+        bed.replace(&[entry(1, 2, None), entry(2, 2, Some(1)), entry(3, 3, None)]),
+        0
+    );
     bed.roster.set_prober(Some(key(99)));
     bed.roster.closed = true;
     bed.carry_out();

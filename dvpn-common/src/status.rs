@@ -6,7 +6,10 @@ use std::net::SocketAddr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{ProviderId, Region};
+use crate::{
+    contract::Reachability,
+    ids::{ProviderId, Region},
+};
 
 /// The states of a session, by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -125,6 +128,44 @@ pub enum PaymentStatus {
     Unpaid,
 }
 
+/// This install as a provider. Nothing in it tells one client from another.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each read by itself")]
+pub struct NodeStatus {
+    /// Its id at the pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<ProviderId>,
+    /// The pool answered the last registration.
+    pub registered: bool,
+    /// Clients are shown this node.
+    pub listed: bool,
+    /// The pool's event stream is open.
+    pub connected: bool,
+    /// Interface, firewall and forwarding stand.
+    pub up: bool,
+    /// `open`, or why clients are not taken.
+    pub admission: String,
+    /// What the pool found when it tried to reach this node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reachability: Option<Reachability>,
+    /// Why clients can not use this node, and what its owner can do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Problem>,
+    /// Clients that are approved.
+    pub clients: u64,
+    /// Those of them whose connection is active.
+    pub active: u64,
+    /// Most clients.
+    pub max_clients: u32,
+    /// Bytes carried for clients this calendar month (UTC), both directions.
+    pub month_bytes: u64,
+    /// The owner's limit for that; 0 for none.
+    pub monthly_cap_bytes: u64,
+    /// The owner's limit on the rate for all clients together; not enforced in this version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_bits_per_second: Option<u64>,
+}
+
 /// The whole status.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -163,4 +204,7 @@ pub struct Status {
     pub tx_bytes: u64,
     /// True when the WireGuard key is the configured one and not made fresh.
     pub static_key: bool,
+    /// This install as a provider, if its owner opted in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeStatus>,
 }

@@ -7,6 +7,8 @@
 //! | [`directory`] | whether a provider list is believed |
 //! | [`payment`] | paid, not paid, or cannot tell |
 //! | [`approval`] | whether a tunnel may exist |
+//! | [`pool_key`] | whether a new key of the pool is believed |
+//! | [`node`] | whether a provider takes clients now |
 //! | [`firewall`] | what may pass in which state |
 //! | [`config`] | what the operator asked for |
 //! | [`seal`] | whether a stored secret is ours and whole |
@@ -22,7 +24,9 @@ pub mod config;
 pub mod directory;
 pub mod firewall;
 pub mod keys;
+pub mod node;
 pub mod payment;
+pub mod pool_key;
 pub mod possession;
 pub mod seal;
 pub mod selection;

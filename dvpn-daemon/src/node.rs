@@ -9,8 +9,14 @@ use std::{
 use dvpn_common::{
     ids::ProviderId,
     keys::{PrivateKey, PublicKey, VerifyingKey},
+    status::{NodeStatus, Problem},
 };
-use dvpn_core::{config::Config, keys::public_key};
+use dvpn_core::{
+    config::Config,
+    keys::public_key,
+    node::{Month, Usage},
+};
+use jiff::Timestamp;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 use url::Url;
@@ -20,7 +26,7 @@ use crate::{
     audit::Audit,
     host::Host,
     http,
-    provider::{self, ProviderConfig, ProviderStatus},
+    provider::{self, Memory, ProviderConfig, ProviderStatus, Serials},
     state::{self, State},
     tunnel::userspace::UserspaceTunnel,
 };
@@ -35,6 +41,12 @@ const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 /// Why a node can not be a provider. The client side goes on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// `NODE_REGISTER_ENABLED` without `NODE_ACCEPT_TERMS`.
+    #[error(
+        "being a provider means that other people's traffic leaves by your address, and what they do there looks like it \
+         came from you; no payouts exist in this release. If that is what you want, set NODE_ACCEPT_TERMS=true"
+    )]
+    Terms,
     /// `NODE_REGISTER_ENABLED` without `POOL_URL`.
     #[error("NODE_REGISTER_ENABLED needs a pool: set POOL_URL")]
     NoPool,
@@ -69,7 +81,11 @@ impl Node {
         host: &Host,
         client: &http::Client,
         audit: &Audit,
+        drained: watch::Receiver<bool>,
     ) -> Result<Self, Error> {
+        if !config.node.accept_terms {
+            return Err(Error::Terms);
+        }
         let pool_url = config.pool_url.clone().ok_or(Error::NoPool)?;
         let private_key = state.provider_key().await?;
         let key = public_key(&private_key)?;
@@ -95,6 +111,7 @@ impl Node {
             host: host.clone(),
             audit: audit.clone(),
             status,
+            drained,
         };
         let end = CancellationToken::new();
         let task = tokio::spawn(serve(plan, end.clone()));
@@ -130,12 +147,59 @@ struct Plan {
     host: Host,
     audit: Audit,
     status: watch::Sender<ProviderStatus>,
+    drained: watch::Receiver<bool>,
+}
+
+/// The state directory, as a provider remembers in it.
+struct Kept(State);
+
+impl Memory for Kept {
+    fn pool_key(&self, key: VerifyingKey) {
+        if let Err(error) = self.0.store_pool_key(&key) {
+            tracing::error!("pinning the pool's key: {error}: it is learned anew at the next start");
+        }
+    }
+
+    fn serials(&self, record: &[u8]) {
+        if let Err(error) = self.0.store_serials(record) {
+            tracing::error!("keeping the approvals' serials: {error}: after a restart an older one may be taken");
+        }
+    }
+
+    fn usage(&self, usage: Usage) {
+        if let Err(error) = self.0.store_usage(usage) {
+            tracing::error!("keeping the month's volume: {error}: after a restart less is counted");
+        }
+    }
 }
 
 impl Plan {
+    /// What an earlier run saw. A record that does not read is the stricter answer: older approvals are refused, and
+    /// with a monthly cap nothing of the month is left.
+    fn serials(&self) -> Serials {
+        match self.state.serials() {
+            Ok(None) => Serials::default(),
+            Ok(Some(record)) => Serials::decode(&record, Timestamp::now()),
+            Err(error) => {
+                tracing::error!("the record of serials: {error}: approvals from before this start are refused");
+                Serials::decode(&[], Timestamp::now())
+            }
+        }
+    }
+
+    fn usage(&self) -> Option<Usage> {
+        self.state.usage().unwrap_or_else(|error| {
+            tracing::error!("the month's volume: {error}: counted as used up if NODE_MONTHLY_CAP_GB is set");
+            Some(Usage {
+                month: Month::of(Timestamp::now()),
+                bytes: self.config.node.rules.monthly_cap_bytes,
+            })
+        })
+    }
+
     fn provider(&self) -> ProviderConfig {
         let node = &self.config.node;
-        let (pin, events) = (self.state.clone(), self.audit.clone());
+        let events = self.audit.clone();
         ProviderConfig {
             node_id: self.id.clone(),
             identity_seed: self.identity_seed.clone(),
@@ -148,11 +212,13 @@ impl Plan {
             public_probe: node.public_probe.map(|probe| probe.to_string()),
             region: node.region.clone(),
             pool_key: self.pool_key,
-            pool_key_learned: Arc::new(move |key| {
-                if let Err(error) = pin.store_pool_key(&key) {
-                    tracing::error!("pinning the pool's key: {error}: it is learned anew at the next start");
-                }
-            }),
+            memory: Arc::new(Kept(self.state.clone())),
+            serials: self.serials(),
+            usage: self.usage(),
+            max_peers: node.max_peers,
+            rules: node.rules.clone(),
+            limit_bits_per_second: node.limit_bits_per_second,
+            drained: self.drained.clone(),
             http: self.http.clone(),
             host: self.host.clone(),
             tunnel: Arc::new(|config| Box::pin(UserspaceTunnel::create(config))),
@@ -160,6 +226,48 @@ impl Plan {
             audit: Arc::new(move |event| events.record(&event)),
             status: self.status.clone(),
         }
+    }
+}
+
+/// Keeps the public view of the provider side up to date until it ends.
+pub async fn show(
+    id: ProviderId,
+    mut status: watch::Receiver<ProviderStatus>,
+    view: watch::Sender<Option<NodeStatus>>,
+) {
+    loop {
+        let now = public_view(id.clone(), &status.borrow_and_update());
+        view.send_if_modified(|last| {
+            let news = last.as_ref() != Some(&now);
+            *last = Some(now);
+            news
+        });
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn public_view(id: ProviderId, status: &ProviderStatus) -> NodeStatus {
+    let problem = status.problem.clone().map(|what| Problem {
+        what,
+        how: "see the log; a failure that passes is tried again by itself".to_owned(),
+    });
+    NodeStatus {
+        id: Some(id),
+        registered: status.registered,
+        listed: status.listed,
+        connected: status.connected,
+        up: status.up,
+        admission: status.admission.clone(),
+        reachability: status.reachability,
+        problem: status.verdict.clone().or(problem),
+        clients: u64::try_from(status.peers.len()).unwrap_or(u64::MAX),
+        active: u64::try_from(status.active).unwrap_or(u64::MAX),
+        max_clients: status.max_peers,
+        month_bytes: status.month_bytes,
+        monthly_cap_bytes: status.monthly_cap_bytes,
+        limit_bits_per_second: status.limit_bits_per_second,
     }
 }
 
@@ -175,9 +283,9 @@ async fn serve(mut plan: Plan, end: CancellationToken) {
         if begun.elapsed() > LONGEST_PAUSE {
             pause = FIRST_PAUSE;
         }
-        // A key learned meanwhile is the pinned one from now on.
-        if plan.pool_key.is_none() {
-            plan.pool_key = plan.state.pool_key().unwrap_or_default();
+        // A key learned or followed meanwhile is the pinned one from now on; a configured one is followed anew.
+        if plan.config.pool_public_key.is_none() {
+            plan.pool_key = plan.state.pool_key().unwrap_or_default().or(plan.pool_key);
         }
         tokio::select! {
             () = end.cancelled() => return,

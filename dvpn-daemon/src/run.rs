@@ -4,11 +4,12 @@ use std::{
     io::Write as _,
     path::Path,
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow};
+use dvpn_common::status::{NodeStatus, Problem};
 use dvpn_core::{audit::Event, config::Config, session::Restored};
 use futures::StreamExt as _;
 use jiff::Timestamp;
@@ -17,7 +18,7 @@ use rand::{TryRng as _, rngs::SysRng};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -29,7 +30,8 @@ use crate::{
     host::Host,
     http::{self, Payment, Pool},
     logs::{self, Tail},
-    node::Node,
+    node::{self, Node},
+    provider::ProviderStatus,
     settings::{self, Arguments, EXIT_CONFIG},
     socks5,
     state::State,
@@ -189,6 +191,8 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), &config);
 
     let views = Views::new(&config);
+    let drain = watch::Sender::new(false);
+    let (node_view, node_seen) = watch::channel(None);
     let (commands, orders) = mpsc::channel(16);
     let own_uid = nix::unistd::geteuid().as_raw();
     let control = Control::new(
@@ -197,6 +201,10 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         tail,
         audit.clone(),
         payments.clone(),
+        control::Provider {
+            status: node_seen.clone(),
+            drain: drain.clone(),
+        },
         own_uid,
     );
     let counters = Arc::new(Mutex::new(None));
@@ -205,11 +213,13 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let page_listener = listen(config.control.listen, "CONTROL_LISTEN").await?;
     let proxy_listener = listen(config.socks5.listen, "SOCKS5_LISTEN").await?;
     let proxy_metrics = Arc::new(socks5::Metrics::default());
-    let refresh = refresh(&counters, &proxy_metrics, &metrics);
+    let provider_seen = Arc::new(OnceLock::new());
+    let refresh = refresh(&counters, &proxy_metrics, &provider_seen, &metrics);
     tokio::spawn(control::http::serve(
         page_listener,
         config.control.token.clone(),
         views.status(),
+        node_seen,
         metrics.clone(),
         refresh,
     ));
@@ -238,7 +248,11 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let (reload_sender, reload) = mpsc::channel(1);
     tokio::spawn(reload_on_hangup(arguments, reload_sender, audit.clone()));
     payments.resume(commands).await;
-    let node = start_node(&config, &state, &host, &client, &audit).await;
+    let node = start_node(&config, &state, &host, &client, &audit, drain.subscribe(), node_view).await;
+    if let Some(node) = &node {
+        // Set once: there is one node in a daemon's life.
+        provider_seen.get_or_init(|| node.status.clone());
+    }
     let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
     let restored = restore(&state, &config).await;
     let parts = Parts {
@@ -296,14 +310,33 @@ async fn start_node(
     host: &Host,
     client: &http::Client,
     audit: &Audit,
+    drained: watch::Receiver<bool>,
+    view: watch::Sender<Option<NodeStatus>>,
 ) -> Option<Node> {
+    // Also what an earlier run left that was killed, or whose owner has changed their mind since.
+    if let Err(error) = host.provider_down().await {
+        tracing::debug!(
+            "nothing of an earlier provider side could be removed: {}",
+            chain(&error)
+        );
+    }
     if !config.node.register {
         return None;
     }
-    match Node::start(config, state, host, client, audit).await {
-        Ok(node) => Some(node),
+    match Node::start(config, state, host, client, audit, drained).await {
+        Ok(node) => {
+            tokio::spawn(node::show(node.id.clone(), node.status.clone(), view));
+            Some(node)
+        }
         Err(error) => {
             tracing::error!("this node is no provider: {}", chain(&error));
+            view.send_replace(Some(NodeStatus {
+                problem: Some(Problem {
+                    what: "this node is no provider".to_owned(),
+                    how: chain(&error),
+                }),
+                ..NodeStatus::default()
+            }));
             None
         }
     }
@@ -337,11 +370,16 @@ async fn restore(state: &State, config: &Config) -> Restored {
 fn refresh(
     counters: &Arc<Mutex<Option<ebpf::Counters>>>,
     proxy: &Arc<socks5::Metrics>,
+    provider: &Arc<OnceLock<watch::Receiver<ProviderStatus>>>,
     metrics: &Metrics,
 ) -> Arc<dyn Fn() + Send + Sync> {
     let (counters, proxy, metrics) = (Arc::clone(counters), Arc::clone(proxy), metrics.clone());
+    let provider = Arc::clone(provider);
     Arc::new(move || {
         metrics.show_proxy(&proxy);
+        if let Some(status) = provider.get() {
+            metrics.show_provider(&status.borrow());
+        }
         let counters = counters.lock().unwrap_or_else(PoisonError::into_inner);
         match counters.as_ref().map(ebpf::Counters::read) {
             Some(Ok([ingress, egress])) => {

@@ -18,7 +18,7 @@ use dvpn_common::{
     ids::{ProviderId, UserId},
     keys::{PrivateKey, VerifyingKey},
 };
-use dvpn_core::{config::Secret, directory::trust::PoolRecord, payment::Subscription, seal};
+use dvpn_core::{config::Secret, directory::trust::PoolRecord, node::Usage, payment::Subscription, seal};
 use zeroize::Zeroizing;
 
 use self::{files::Files, sealer::Sealer};
@@ -33,6 +33,8 @@ const USER_ID: &str = "user-id";
 const NODE_ID: &str = "node-id";
 const POOL_KEY: &str = "pool-key";
 const POOL_RECORD: &str = "pool";
+const SERIALS: &str = "serials";
+const USAGE: &str = "node-usage";
 const CHECKOUT: &str = "checkout";
 const SEALING_KEY: &str = "sealing.key";
 
@@ -273,6 +275,37 @@ impl State {
             inner.files.write(POOL_RECORD, &text)
         })
         .await
+    }
+
+    /// What a provider saw of approvals' serials, as it was stored.
+    pub fn serials(&self) -> Result<Option<Vec<u8>>, Error> {
+        self.inner.files.read(SERIALS)
+    }
+
+    /// Stores what a provider saw of serials.
+    pub fn store_serials(&self, record: &[u8]) -> Result<(), Error> {
+        self.inner.files.write(SERIALS, record)
+    }
+
+    /// What a provider's clients carried this month.
+    pub fn usage(&self) -> Result<Option<Usage>, Error> {
+        let Some(text) = self.text(USAGE)? else {
+            return Ok(None);
+        };
+        let read = text.split_once(' ').and_then(|(month, bytes)| {
+            Some(Usage {
+                month: month.parse().ok()?,
+                bytes: bytes.parse().ok()?,
+            })
+        });
+        read.map(Some).ok_or_else(|| self.damaged(USAGE))
+    }
+
+    /// Stores it.
+    pub fn store_usage(&self, usage: Usage) -> Result<(), Error> {
+        self.inner
+            .files
+            .write(USAGE, format!("{} {}\n", usage.month, usage.bytes).as_bytes())
     }
 
     /// The seed of the node's Ed25519 identity, made once.

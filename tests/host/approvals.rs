@@ -87,6 +87,12 @@ fn a_good_approval_is_admitted_again_and_again_and_its_renewal_too() {
         admit(&pool.entry(&fields()), &mut serials),
         Err(Refusal::Serial { offered: 7, seen: 8 })
     );
+    let mut restarted = Serials::decode(&serials.encode(), now());
+    assert_eq!(
+        admit(&pool.entry(&fields()), &mut restarted),
+        Err(Refusal::Serial { offered: 7, seen: 8 }),
+        "a restart forgets no serial"
+    );
 }
 
 #[test]
@@ -231,12 +237,22 @@ fn an_approval_holds_only_in_its_time() {
         admit(&pool.entry(&long), &mut Serials::default()),
         Err(Refusal::Approval(_))
     ));
-    // Within the skew of clocks an approval still reads, but nobody is admitted for no time at all.
-    let over = PeerEntry {
-        expires_at: now(),
-        ..pool.entry(&fields())
+    // Our clock may be ahead by the allowed skew, and a peer outlives its approval by no more than that.
+    let ends = |end: i64| {
+        let entry = PeerEntry {
+            expires_at: second(end),
+            ..pool.entry(&fields())
+        };
+        let admitted = ground(&pool).admit(&entry, &mut Serials::default(), |_| None, now());
+        admitted.map(|client| client.ends_at)
     };
-    assert_eq!(admit(&over, &mut Serials::default()), Err(Refusal::Over(now())));
+    assert_eq!(ends(NOW - 119), Ok(second(NOW + 1)));
+    assert_eq!(ends(NOW - 120), Err(Refusal::Over(second(NOW - 120))));
+    assert_eq!(
+        ends(NOW + 7200),
+        Ok(second(NOW + 3600 + 120)),
+        "the approval's own end counts"
+    );
 }
 
 #[test]

@@ -46,6 +46,7 @@ fn cleanup_removes_all_that_a_killed_daemon_left_and_nothing_else() {
             interface: PROVIDER_INTERFACE.into(),
             networks: vec!["10.96.16.1/20".parse().unwrap(), "fd00:97::1/64".parse().unwrap()],
             mtu_bytes: 1420,
+            public: Vec::new(),
         };
         host.provider_up(&network).await.unwrap();
         std::mem::forget(host);
@@ -114,6 +115,7 @@ fn a_setting_that_somebody_else_changed_meanwhile_is_not_put_back() {
             interface: PROVIDER_INTERFACE.into(),
             networks: vec!["10.96.16.1/20".parse().unwrap()],
             mtu_bytes: 1420,
+            public: Vec::new(),
         };
         host.provider_up(&network).await.unwrap();
         here.sh("echo 1 > /proc/sys/net/ipv4/ip_forward");

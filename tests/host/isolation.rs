@@ -19,13 +19,13 @@ use crate::namespace::Namespace;
 
 const PATIENCE: Duration = Duration::from_millis(400);
 
-struct World {
-    here: Namespace,
-    client: Namespace,
-    upstream: Namespace,
-    lan: Namespace,
-    host: Host,
-    runtime: tokio::runtime::Runtime,
+pub(crate) struct World {
+    pub(crate) here: Namespace,
+    pub(crate) client: Namespace,
+    pub(crate) upstream: Namespace,
+    pub(crate) lan: Namespace,
+    pub(crate) host: Host,
+    pub(crate) runtime: tokio::runtime::Runtime,
 }
 
 fn network() -> ProviderNetwork {
@@ -33,10 +33,16 @@ fn network() -> ProviderNetwork {
         interface: PROVIDER_INTERFACE.into(),
         networks: vec!["10.96.0.1/20".parse().unwrap(), "fd00:96::1/64".parse().unwrap()],
         mtu_bytes: 1420,
+        public: Vec::new(),
     }
 }
 
 fn world() -> World {
+    world_after(|_, _| {})
+}
+
+/// The same with something done to the node and its LAN before the provider side comes up.
+pub(crate) fn world_after(prepare: impl FnOnce(&Namespace, &Namespace)) -> World {
     let here = Namespace::enter_new();
     let (client, upstream, lan) = (Namespace::new(), Namespace::new(), Namespace::new());
     here.sh(&format!(
@@ -67,6 +73,7 @@ fn world() -> World {
         "ip addr add 192.168.7.9/24 dev host0; ip addr add 203.0.114.9/24 dev host0; ip link set host0 up
          ip route add default via 192.168.7.1",
     );
+    prepare(&here, &lan);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -87,7 +94,7 @@ fn world() -> World {
 }
 
 /// A TCP server that answers each connection with the address it sees, on every address of its namespace.
-fn whoami(place: &Namespace, port: u16) {
+pub(crate) fn whoami(place: &Namespace, port: u16) {
     for any in ["0.0.0.0", "[::]"] {
         let listener = place.run(|| {
             let address: SocketAddr = format!("{any}:{port}").parse().unwrap();
@@ -114,7 +121,7 @@ fn whoami(place: &Namespace, port: u16) {
 }
 
 /// What the server at `to` answers to somebody in `place`; nothing if it cannot be reached.
-fn ask(place: &Namespace, to: &str) -> Option<String> {
+pub(crate) fn ask(place: &Namespace, to: &str) -> Option<String> {
     place.run(|| {
         let mut stream = TcpStream::connect_timeout(&to.parse().unwrap(), PATIENCE).ok()?;
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -125,12 +132,12 @@ fn ask(place: &Namespace, to: &str) -> Option<String> {
 }
 
 impl World {
-    fn refused(&self, counter: &str) -> u64 {
+    pub(crate) fn refused(&self, counter: &str) -> u64 {
         self.host.provider_counters().unwrap()[counter].packets
     }
 
     /// The packet to `to` is refused, and by that counter.
-    fn assert_refused(&self, to: &str, counter: &str) {
+    pub(crate) fn assert_refused(&self, to: &str, counter: &str) {
         let before = self.refused(counter);
         assert_eq!(ask(&self.client, to), None, "{to} must not be reachable");
         assert!(self.refused(counter) > before, "{to} must be refused as {counter}");

@@ -13,5 +13,10 @@ mod approvals;
 mod cleanup;
 mod client;
 mod isolation;
+mod limits;
 mod namespace;
+mod pool;
 mod responders;
+#[path = "../tunnel/side.rs"]
+mod side;
+mod stream;

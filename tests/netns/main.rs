@@ -3,6 +3,7 @@
 //! | module | shows |
 //! |---|---|
 //! | `lab` | that the local network does what it says |
+//! | `both` | a node that is provider and client at once |
 //! | `chain` | the whole chain, and that the nearest provider is taken |
 //! | `payment` | what does not count as paid |
 //! | `control` | the D-Bus interface: who is served, what is shown and announced |
@@ -12,6 +13,7 @@
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
 //! | `hostile` | a pool that turns hostile |
 
+mod both;
 mod chain;
 mod contract;
 mod control;

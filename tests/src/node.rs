@@ -147,6 +147,7 @@ pub fn provider_environment(machine: &Machine, ca: &Path) -> Environment {
     let probe_port = NODE_PORT.saturating_add(1);
     client_environment(ca)
         .with("NODE_REGISTER_ENABLED", "true")
+        .with("NODE_ACCEPT_TERMS", "true")
         .with("NODE_ID", &machine.name)
         .with("NODE_PORT", NODE_PORT.to_string())
         .with("NODE_PUBLIC_ENDPOINT", format!("{}:{NODE_PORT}", machine.address))

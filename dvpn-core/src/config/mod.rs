@@ -34,7 +34,9 @@ pub use source::Source;
 pub use table::{Kind, Owner, SETTINGS, Setting, find};
 
 use crate::{
-    Failure, Retry, payment,
+    Failure, Retry,
+    node::Rules,
+    payment,
     session::{Choice, SessionConfig},
 };
 
@@ -159,6 +161,14 @@ pub struct NodeConfig {
     pub public_endpoint: Option<SocketAddr>,
     /// `NODE_PUBLIC_PROBE`; a bare address has `probe_port` added.
     pub public_probe: Option<SocketAddr>,
+    /// `NODE_ACCEPT_TERMS`: without it this install is no provider.
+    pub accept_terms: bool,
+    /// `NODE_MAX_PEERS`.
+    pub max_peers: u32,
+    /// `NODE_MONTHLY_CAP_GB` and `NODE_SCHEDULE`.
+    pub rules: Rules,
+    /// `NODE_LIMIT_MBPS` in bits per second; nothing means no limit.
+    pub limit_bits_per_second: Option<u64>,
 }
 
 /// `BANDWIDTH_…`.

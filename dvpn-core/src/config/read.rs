@@ -19,7 +19,7 @@ use super::{
     BandwidthConfig, Config, ControlConfig, Error, Errors, FallbackConfig, Kind, NodeConfig, SETTINGS, Secret, Setting,
     Socks5Config, Source, TunnelSettings, find,
 };
-use crate::{address::is_unicast, session::Choice, text::excerpt};
+use crate::{address::is_unicast, node::Rules, session::Choice, text::excerpt};
 
 /// Reads the configuration from `sources`, strongest first.
 pub fn parse(sources: &[Source]) -> Result<Config, Errors> {
@@ -256,6 +256,13 @@ impl<'a> Reader<'a> {
             probe_port,
             public_endpoint: self.read("NODE_PUBLIC_ENDPOINT", |text| endpoint(text, port)),
             public_probe: self.read("NODE_PUBLIC_PROBE", |text| endpoint(text, probe_port)),
+            accept_terms: self.flag("NODE_ACCEPT_TERMS"),
+            max_peers: u32::try_from(self.count("NODE_MAX_PEERS")).unwrap_or(1),
+            rules: Rules {
+                monthly_cap_bytes: self.count("NODE_MONTHLY_CAP_GB").saturating_mul(1_000_000_000),
+                schedule: self.parsed("NODE_SCHEDULE").unwrap_or_default(),
+            },
+            limit_bits_per_second: self.read("NODE_LIMIT_MBPS", megabits).filter(|rate| *rate > 0),
         }
     }
 

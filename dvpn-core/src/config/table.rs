@@ -39,6 +39,8 @@ pub enum Kind {
     Providers,
     /// 44 characters of base64.
     Key,
+    /// Hours of the day in UTC, separated by commas.
+    Schedule,
     /// `app`; `device` is not in this version.
     Mode,
 }
@@ -62,6 +64,7 @@ impl Kind {
             Self::Id => "ID",
             Self::Providers => "ID|region:NAME,…",
             Self::Key => "BASE64",
+            Self::Schedule => "HH:MM-HH:MM,…",
             Self::Mode => "app",
         }
     }
@@ -375,6 +378,36 @@ pub static SETTINGS: &[Setting] = &[
         Kind::Endpoint,
         "",
         "Where clients reach the latency echo; found out when empty.",
+    ),
+    addition(
+        "NODE_ACCEPT_TERMS",
+        Kind::Flag,
+        "false",
+        "A provider's owner knows: others' traffic leaves by this address, and no payouts exist in this release.",
+    ),
+    addition(
+        "NODE_MAX_PEERS",
+        Kind::Count { min: 1, max: 4096 },
+        "250",
+        "Most clients this provider admits.",
+    ),
+    addition(
+        "NODE_MONTHLY_CAP_GB",
+        Kind::Count { min: 0, max: 1_000_000 },
+        "0",
+        "Clients' traffic a calendar month (UTC), both directions, in 10^9 bytes; then nobody is served. 0: no end.",
+    ),
+    addition(
+        "NODE_SCHEDULE",
+        Kind::Schedule,
+        "",
+        "When clients are served, in UTC, like 22:00-06:00; always when empty.",
+    ),
+    addition(
+        "NODE_LIMIT_MBPS",
+        Kind::Megabits,
+        "0",
+        "Most of the line for all clients together, 0 for all of it; shown, and not enforced in this version.",
     ),
     addition(
         "STATE_DIRECTORY",

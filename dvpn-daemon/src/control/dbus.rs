@@ -27,7 +27,7 @@ impl From<Error> for fdo::Error {
         match error {
             Error::Denied { .. } => Self::AccessDenied(text),
             Error::Argument(_) => Self::InvalidArgs(text),
-            Error::Ending | Error::Payment(_) => Self::Failed(text),
+            Error::Ending | Error::NoProvider | Error::Payment(_) => Self::Failed(text),
         }
     }
 }
@@ -82,6 +82,16 @@ impl Daemon {
             .control
             .choose(caller(&header, connection).await?, &only, &exclude)
             .await?)
+    }
+
+    /// As a provider: true takes no new clients and keeps those there are, false takes them again.
+    async fn drain(
+        &self,
+        drain: bool,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<()> {
+        Ok(self.control.drain(caller(&header, connection).await?, drain)?)
     }
 
     /// The last `lines` lines of the log.

@@ -14,7 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use dvpn_common::status::{StateName, Status};
+use dvpn_common::status::{NodeStatus, StateName, Status};
 use dvpn_core::config::Secret;
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -40,6 +40,7 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_mins(1);
 #[derive(Clone)]
 struct Pages {
     status: watch::Receiver<Status>,
+    node: watch::Receiver<Option<NodeStatus>>,
     metrics: Metrics,
     refresh: Arc<dyn Fn() + Send + Sync>,
     guard: Arc<Guard>,
@@ -95,12 +96,14 @@ pub async fn serve(
     listener: TcpListener,
     token: Option<Secret>,
     status: watch::Receiver<Status>,
+    node: watch::Receiver<Option<NodeStatus>>,
     metrics: Metrics,
     refresh: Arc<dyn Fn() + Send + Sync>,
 ) {
     let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
     let pages = Pages {
         status,
+        node,
         metrics,
         refresh,
         guard: Arc::new(Guard { loopback, token }),
@@ -155,7 +158,8 @@ async fn admit(State(pages): State<Pages>, request: Request, next: Next) -> Resp
 }
 
 async fn health(State(pages): State<Pages>) -> Response {
-    let status = pages.status.borrow().clone();
+    let mut status = pages.status.borrow().clone();
+    status.node = pages.node.borrow().clone();
     let code = if is_healthy(&status) {
         StatusCode::OK
     } else {

@@ -6,6 +6,8 @@ use dvpn_common::status::{StateName, Status};
 use dvpn_core::session::Traffic;
 use prometheus::{Encoder as _, GaugeVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
+use crate::provider::ProviderStatus;
+
 /// Every metric of the daemon; clones share them.
 #[derive(Clone)]
 pub struct Metrics(Arc<Inner>);
@@ -20,7 +22,10 @@ struct Inner {
     sent: IntCounter,
     interface_packets: IntGaugeVec,
     interface_bytes: IntGaugeVec,
-    provider_peers: IntGauge,
+    provider: IntGaugeVec,
+    provider_refused: IntGaugeVec,
+    client_packets: IntGaugeVec,
+    client_bytes: IntGaugeVec,
     proxy: IntGaugeVec,
 }
 
@@ -64,7 +69,26 @@ impl Metrics {
                 "Layer-3 bytes counted by the eBPF programs",
                 &["interface", "direction"],
             )?,
-            provider_peers: gauge("dvpn_provider_peers", "Approved clients on this node")?,
+            provider: gauges(
+                "dvpn_provider",
+                "This node as a provider: peers, active, open, listed, month_bytes, echoes_total",
+                &["what"],
+            )?,
+            provider_refused: gauges(
+                "dvpn_provider_refused_packets_total",
+                "Packets of clients, or to them, that were refused, since the provider side came up",
+                &["reason"],
+            )?,
+            client_packets: gauges(
+                "dvpn_provider_client_packets_total",
+                "Layer-3 packets carried for a client; clients are numbers, made anew at every start",
+                &["client", "direction"],
+            )?,
+            client_bytes: gauges(
+                "dvpn_provider_client_bytes_total",
+                "Layer-3 bytes carried for a client",
+                &["client", "direction"],
+            )?,
             proxy: gauges(
                 "dvpn_socks5",
                 "What the proxy counts; all but active only grow",
@@ -111,9 +135,42 @@ impl Metrics {
         show(&self.0.interface_bytes, counter.bytes);
     }
 
-    /// Shows how many clients this node serves.
-    pub fn show_provider_peers(&self, peers: usize) {
-        self.0.provider_peers.set(i64::try_from(peers).unwrap_or(i64::MAX));
+    /// Shows the provider side and each of its clients; who is gone is not shown any more.
+    pub fn show_provider(&self, status: &ProviderStatus) {
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let count = |value: usize| i64::try_from(value).unwrap_or(i64::MAX);
+        for (what, value) in [
+            ("peers", count(status.peers.len())),
+            ("active", count(status.active)),
+            ("open", i64::from(status.admission == "open")),
+            ("listed", i64::from(status.listed)),
+            ("month_bytes", number(status.month_bytes)),
+            ("echoes_total", number(status.echoes)),
+        ] {
+            self.0.provider.with_label_values(&[what]).set(value);
+        }
+        for (reason, counter) in &status.refused {
+            self.0
+                .provider_refused
+                .with_label_values(&[reason])
+                .set(number(counter.packets));
+        }
+        self.0.client_packets.reset();
+        self.0.client_bytes.reset();
+        for peer in &status.peers {
+            let client = peer.peer.to_string();
+            for (direction, counter) in [("sent", peer.carried.sent), ("received", peer.carried.received)] {
+                let labels = [client.as_str(), direction];
+                self.0
+                    .client_packets
+                    .with_label_values(&labels)
+                    .set(number(counter.packets));
+                self.0
+                    .client_bytes
+                    .with_label_values(&labels)
+                    .set(number(counter.bytes));
+            }
+        }
     }
 
     /// Shows what the proxy counted.

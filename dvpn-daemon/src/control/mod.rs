@@ -8,7 +8,7 @@ pub mod http;
 pub mod metrics;
 pub mod payments;
 
-use dvpn_common::status::Status;
+use dvpn_common::status::{NodeStatus, Status};
 use dvpn_core::{audit::Event, session::Choice};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -55,6 +55,9 @@ pub enum Error {
     /// An argument does not read.
     #[error("{0}")]
     Argument(String),
+    /// Nothing to drain.
+    #[error("this install is no provider: set NODE_REGISTER_ENABLED=true and NODE_ACCEPT_TERMS=true")]
+    NoProvider,
     /// The checkout did not begin.
     #[error(transparent)]
     Payment(#[from] payments::Error),
@@ -68,7 +71,17 @@ pub struct Control {
     tail: Tail,
     audit: Audit,
     payments: Payments,
+    provider: Provider,
     own_uid: u32,
+}
+
+/// The provider side, as far as it is seen and steered from here.
+#[derive(Clone)]
+pub struct Provider {
+    /// How it is; nothing while this install is none.
+    pub status: watch::Receiver<Option<NodeStatus>>,
+    /// The owner's hand: true takes no new clients. Forgotten when the daemon ends.
+    pub drain: watch::Sender<bool>,
 }
 
 impl Control {
@@ -79,6 +92,7 @@ impl Control {
         tail: Tail,
         audit: Audit,
         payments: Payments,
+        provider: Provider,
         own_uid: u32,
     ) -> Self {
         Self {
@@ -87,6 +101,7 @@ impl Control {
             tail,
             audit,
             payments,
+            provider,
             own_uid,
         }
     }
@@ -121,6 +136,16 @@ impl Control {
         self.send(Command::Exit).await
     }
 
+    /// Stops or starts taking new clients as a provider; those there stay until their approvals end.
+    pub fn drain(&self, caller: Caller, drain: bool) -> Result<(), Error> {
+        self.authorize(caller, if drain { "drain" } else { "undrain" })?;
+        if self.provider.status.borrow().is_none() {
+            return Err(Error::NoProvider);
+        }
+        self.provider.drain.send_replace(drain);
+        Ok(())
+    }
+
     /// The last `lines` log lines.
     pub fn logs(&self, caller: Caller, lines: u32) -> Result<Vec<String>, Error> {
         self.authorize(caller, "logs")?;
@@ -136,7 +161,9 @@ impl Control {
     /// The whole status, as JSON.
     pub fn status_json(&self, caller: Caller) -> Result<String, Error> {
         self.authorize(caller, "status")?;
-        serde_json::to_string(&*self.status.borrow()).map_err(|error| Error::Argument(error.to_string()))
+        let mut status = self.status.borrow().clone();
+        status.node = self.provider.status.borrow().clone();
+        serde_json::to_string(&status).map_err(|error| Error::Argument(error.to_string()))
     }
 
     fn authorize(&self, caller: Caller, command: &str) -> Result<(), Error> {

@@ -9,9 +9,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::Error;
+use super::{Error, provider_policy::Router};
 
 const ROOT: &str = "/proc/sys/net";
+const IPV6_EVERYWHERE: &str = "ipv6/conf/all/forwarding";
 
 /// One setting and the value it had, in the form in which it is remembered: `ipv4/conf/eth0/forwarding=0`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +72,16 @@ impl Remembered {
     }
 }
 
+/// For whom else this machine forwards, given what we changed ourselves.
+pub(super) fn router(remembered: &[Remembered]) -> Router {
+    let by_us = remembered.iter().any(|setting| setting.path == IPV6_EVERYWHERE);
+    Router {
+        ipv4: forwards_everything(),
+        ipv6: !by_us && read(&Path::new(ROOT).join(IPV6_EVERYWHERE)).is_ok_and(|value| value != "0"),
+        ipv6_everywhere_by_us: by_us,
+    }
+}
+
 /// Whether somebody made this machine a router for all its interfaces. We never do for IPv4.
 pub(super) fn forwards_everything() -> bool {
     read(&Path::new(ROOT).join("ipv4/conf/all/forwarding")).is_ok_and(|value| value == "1")
@@ -97,7 +108,7 @@ pub(super) fn needed(interface: &str, uplinks: &[String], ipv4: bool, ipv6: bool
             want(format!("ipv4/conf/{name}/forwarding"), "1")?;
         }
     }
-    let routes_ipv6 = read(&Path::new(ROOT).join("ipv6/conf/all/forwarding")).is_ok_and(|value| value != "0");
+    let routes_ipv6 = read(&Path::new(ROOT).join(IPV6_EVERYWHERE)).is_ok_and(|value| value != "0");
     if ipv6 && !routes_ipv6 {
         if Path::new(ROOT).join("ipv6/conf/all/force_forwarding").exists() {
             for name in interfaces() {
@@ -110,7 +121,7 @@ pub(super) fn needed(interface: &str, uplinks: &[String], ipv4: bool, ipv6: bool
                     want(format!("ipv6/conf/{name}/accept_ra"), "2")?;
                 }
             }
-            want("ipv6/conf/all/forwarding".to_owned(), "1")?;
+            want(IPV6_EVERYWHERE.to_owned(), "1")?;
         }
     }
     Ok(changes)

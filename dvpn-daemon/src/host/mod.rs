@@ -14,6 +14,7 @@ mod guard;
 mod netlink;
 mod nft;
 mod provider;
+mod provider_meter;
 mod provider_policy;
 
 use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc};
@@ -27,6 +28,7 @@ pub use client::ClientNetwork;
 pub use guard::{ClientGuard, DESTINATION_ELSEWHERE, SOURCE_ELSEWHERE};
 pub use nft::read::CounterValue;
 pub use provider::ProviderNetwork;
+pub use provider_meter::{CONNECTION_BURST, CONNECTIONS_PER_SECOND, Carried, MAX_CONNECTIONS};
 pub use provider_policy::refused;
 
 pub use crate::tunnel::{CLIENT_INTERFACE, PROVIDER_INTERFACE};

@@ -1,5 +1,7 @@
 //! The provider's network: its interface, what its clients may reach, and forwarding for that alone.
 
+use std::net::IpAddr;
+
 use ipnetwork::IpNetwork;
 use netlink_packet_route::{
     AddressFamily,
@@ -23,6 +25,9 @@ pub struct ProviderNetwork {
     pub networks: Vec<IpNetwork>,
     /// Inner MTU in bytes.
     pub mtu_bytes: u16,
+    /// Addresses that others know this node by: its public endpoint, what the pool saw. Clients reach no service of
+    /// ours there either, should a router send them back.
+    pub public: Vec<IpAddr>,
 }
 
 /// What the policy needs to know of the machine.
@@ -56,6 +61,18 @@ impl Host {
         let settings: Vec<Remembered> = remembered()?.into_iter().chain(new.iter().cloned()).collect();
         commit(update(&facts(network, &around, &settings)))?;
         new.iter().try_for_each(Remembered::apply)
+    }
+
+    /// Changes the addresses that others know this node by.
+    pub async fn provider_public(&self, public: Vec<IpAddr>) -> Result<(), Error> {
+        self.inner
+            .provider
+            .lock()
+            .await
+            .as_mut()
+            .ok_or(Error::ProviderDown)?
+            .public = public;
+        self.provider_refresh().await
     }
 
     /// Takes the link down, puts the settings back, then removes the firewall. No error if nothing is up.
@@ -184,7 +201,8 @@ fn facts<'a>(network: &'a ProviderNetwork, around: &'a Surroundings, remembered:
         uplinks: &around.uplinks,
         on_link: &around.on_link,
         remembered,
-        router: forwarding::forwards_everything(),
+        public: &network.public,
+        router: forwarding::router(remembered),
     }
 }
 

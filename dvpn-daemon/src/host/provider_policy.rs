@@ -1,5 +1,7 @@
 //! What a provider's clients may reach: the internet beyond the uplink, the gateway's DNS, and nothing else.
 
+use std::net::IpAddr;
+
 use ipnetwork::IpNetwork;
 use netlink_packet_netfilter::nftables::InetHookNumber;
 
@@ -10,6 +12,7 @@ use super::{
         batch::{Attach, Batch},
         expr::{ECHO_REQUEST, ECHO_REQUEST_V6, Family, ICMP, ICMPV6, Rule, TCP, UDP},
     },
+    provider_meter,
 };
 
 /// Counters of refused packets. The names are stable: metrics carry them.
@@ -35,9 +38,16 @@ pub mod refused {
     /// From one interface to another, where only the provider side had forwarding switched on.
     pub const TRANSIT: &str = "transit";
 
+    /// Untrackable: it would leave with the client's own address.
+    pub const INVALID: &str = "invalid";
+    /// More new connections a second than a client may open.
+    pub const TOO_FAST: &str = "connection_rate";
+    /// More open connections than a client may have.
+    pub const TOO_MANY: &str = "connection_count";
+
     /// All of them.
-    pub const ALL: [&str; 10] = [
-        SPOOFED, PEER, ON_LINK, SPECIAL, SMTP, NOT_UPLINK, NODE, INBOUND, GATEWAY, TRANSIT,
+    pub const ALL: [&str; 13] = [
+        SPOOFED, PEER, ON_LINK, SPECIAL, SMTP, NOT_UPLINK, NODE, INBOUND, GATEWAY, TRANSIT, INVALID, TOO_FAST, TOO_MANY,
     ];
 }
 
@@ -74,7 +84,8 @@ const SPECIAL: [&str; 27] = [
     "ff00::/8",
 ];
 
-const CHAINS: [&str; 11] = [
+const CHAINS: [&str; 16] = [
+    "zone",
     "forward",
     "input",
     "output",
@@ -84,7 +95,11 @@ const CHAINS: [&str; 11] = [
     "destination_v4",
     "destination_v6",
     "uplink",
+    "allowed",
     "to_gateway",
+    provider_meter::LIMITS,
+    provider_meter::SENT,
+    provider_meter::RECEIVED,
     "remembered",
 ];
 
@@ -99,8 +114,19 @@ pub(super) struct Facts<'a> {
     pub(super) on_link: &'a [IpNetwork],
     /// Settings to put back.
     pub(super) remembered: &'a [Remembered],
+    /// Addresses of this node that others know it by: behind a router they are not on any interface.
+    pub(super) public: &'a [IpAddr],
     /// Whether somebody else made this machine a router.
-    pub(super) router: bool,
+    pub(super) router: Router,
+}
+
+/// Whether this machine forwards for others than us, each family by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Router {
+    pub(super) ipv4: bool,
+    pub(super) ipv6: bool,
+    /// For IPv6 we had to switch on forwarding between all interfaces.
+    pub(super) ipv6_everywhere_by_us: bool,
 }
 
 /// The whole table, new: counters start at zero.
@@ -110,6 +136,7 @@ pub(super) fn fresh(facts: &Facts<'_>) -> Batch {
     for name in refused::ALL {
         batch.counter(name);
     }
+    provider_meter::make_sets(&mut batch);
     for name in CHAINS {
         batch.chain(name, attach(name));
     }
@@ -129,6 +156,8 @@ pub(super) fn update(facts: &Facts<'_>) -> Batch {
 
 fn attach(chain: &str) -> Option<Attach> {
     match chain {
+        // Before connection tracking (-200).
+        "zone" => Some(Attach::filter(InetHookNumber::PreRouting, -300)),
         "forward" => Some(Attach::filter(InetHookNumber::Forward, 0)),
         "input" => Some(Attach::filter(InetHookNumber::LocalIn, 0)),
         "output" => Some(Attach::filter(InetHookNumber::LocalOut, 0)),
@@ -145,13 +174,32 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
         batch.rule("remembered", Rule::new().done().comment(&setting.to_comment()));
     }
 
+    provider_meter::rules(batch);
+    batch.rule("zone", Rule::new().input_is(interface).zone(provider_meter::ZONE));
+
     // Between interfaces.
     batch.rule("forward", Rule::new().input_is(interface).goto("from_peers"));
+    batch.rule(
+        "forward",
+        Rule::new()
+            .output_is(interface)
+            .established()
+            .jump(provider_meter::RECEIVED),
+    );
     batch.rule("forward", Rule::new().output_is(interface).established().accept());
     batch.rule("forward", refuse(Rule::new().output_is(interface), refused::INBOUND));
-    if !facts.router {
-        for uplink in facts.uplinks {
-            batch.rule("forward", refuse(Rule::new().input_is(uplink), refused::TRANSIT));
+    for (family, router) in [(Family::V4, facts.router.ipv4), (Family::V6, facts.router.ipv6)] {
+        // Where we switch nothing on, what is forwarded is somebody else's.
+        if router || !facts.networks.iter().any(|network| Family::of(network) == family) {
+            continue;
+        }
+        if family == Family::V6 && facts.router.ipv6_everywhere_by_us {
+            batch.rule("forward", refuse(Rule::new().family(family), refused::TRANSIT));
+        } else {
+            for uplink in facts.uplinks {
+                let transit = Rule::new().family(family).input_is(uplink);
+                batch.rule("forward", refuse(transit, refused::TRANSIT));
+            }
         }
     }
     for network in facts.networks {
@@ -161,6 +209,10 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
 
     // On-link prefixes are asked first, also of established connections, because they change while those live.
     batch.rule("leaving", refuse(Rule::new().output_is(interface), refused::PEER));
+    for address in facts.public {
+        let own = IpNetwork::from(*address);
+        batch.rule("leaving", refuse(Rule::new().to(&own), refused::NODE));
+    }
     for network in facts.on_link {
         batch.rule("leaving", refuse(Rule::new().to(network), refused::ON_LINK));
     }
@@ -179,8 +231,15 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
     }
     batch.rule("uplink", refuse(Rule::new().port(TCP, 25), refused::SMTP));
     for uplink in facts.uplinks {
-        batch.rule("uplink", Rule::new().output_is(uplink).accept());
+        batch.rule("uplink", Rule::new().output_is(uplink).goto("allowed"));
     }
+    batch.rule("allowed", refuse(Rule::new().invalid(), refused::INVALID));
+    batch.rule(
+        "allowed",
+        Rule::new().first_of_connection().jump(provider_meter::LIMITS),
+    );
+    batch.rule("allowed", Rule::new().jump(provider_meter::SENT));
+    batch.rule("allowed", Rule::new().accept());
     batch.rule("uplink", refuse(Rule::new(), refused::NOT_UPLINK));
 
     // To and from this machine.
@@ -194,7 +253,11 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
         for protocol in [UDP, TCP] {
             batch.rule(
                 "to_gateway",
-                Rule::new().from(network).to(&gateway).port(protocol, 53).accept(),
+                Rule::new()
+                    .from(network)
+                    .to(&gateway)
+                    .port(protocol, 53)
+                    .goto("allowed"),
             );
         }
         let (protocol, echo) = if network.is_ipv4() {
@@ -204,10 +267,21 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
         };
         batch.rule(
             "to_gateway",
-            Rule::new().from(network).to(&gateway).icmp(protocol, echo).accept(),
+            Rule::new()
+                .from(network)
+                .to(&gateway)
+                .icmp(protocol, echo)
+                .goto("allowed"),
         );
     }
     batch.rule("to_gateway", refuse(Rule::new(), refused::NODE));
+    batch.rule(
+        "output",
+        Rule::new()
+            .output_is(interface)
+            .established()
+            .jump(provider_meter::RECEIVED),
+    );
     batch.rule("output", Rule::new().output_is(interface).established().accept());
     batch.rule("output", refuse(Rule::new().output_is(interface), refused::INBOUND));
 

@@ -1,7 +1,5 @@
 //! Whether a client that the pool names is admitted: a pure check of its approval against what we know.
 
-use std::collections::BTreeMap;
-
 use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{
@@ -9,13 +7,12 @@ use dvpn_common::{
     contract::PeerEntry,
     ids::ProviderId,
     keys::{PublicKey, VerifyingKey},
-    limits::{MAX_APPROVAL_LIFE, MAX_CLOCK_SKEW},
+    limits::MAX_CLOCK_SKEW,
 };
 use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 
-/// Most client keys whose serials are remembered.
-const MAX_SERIALS: usize = 65_536;
+use super::Serials;
 
 /// Why a client is refused. The pool is told.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -58,9 +55,15 @@ pub enum Refusal {
         /// The highest so far.
         seen: u64,
     },
-    /// More clients than addresses or memory.
+    /// Issued before this node lost its record of serials.
+    #[error("this node lost its record of serials: only approvals from after its start are taken")]
+    Forgotten,
+    /// More clients than its owner admits, or than there is memory for.
     #[error("this node is full")]
     Full,
+    /// No new clients now.
+    #[error("this node takes no new clients: {0}")]
+    NotNow(&'static str),
 }
 
 /// A client that may be a peer.
@@ -70,8 +73,9 @@ pub struct Admitted {
     pub key: PublicKey,
     /// Its inner addresses.
     pub addresses: Vec<IpNetwork>,
-    /// When the peer goes, whatever the pool says or does not say.
-    pub expires_at: Timestamp,
+    /// When the peer goes, whatever the pool says or does not say: the end of its approval, and not later than the
+    /// allowed skew of clocks after it.
+    pub ends_at: Timestamp,
     /// Of its approval.
     pub serial: u64,
 }
@@ -87,31 +91,6 @@ pub struct Ground {
     pub provider_key: PublicKey,
     /// Our inner networks, our own address in each.
     pub networks: Vec<IpNetwork>,
-}
-
-/// The highest serial seen of each client key, for as long as an older approval could still be valid.
-#[derive(Debug, Default)]
-pub struct Serials(BTreeMap<PublicKey, (u64, Timestamp)>);
-
-impl Serials {
-    fn seen(&self, key: &PublicKey) -> Option<u64> {
-        self.0.get(key).map(|(serial, _)| *serial)
-    }
-
-    fn note(&mut self, key: PublicKey, serial: u64, now: Timestamp) -> Result<(), Refusal> {
-        if self.0.len() >= MAX_SERIALS && !self.0.contains_key(&key) {
-            self.0.retain(|_, (_, forget_at)| *forget_at > now);
-            if self.0.len() >= MAX_SERIALS {
-                return Err(Refusal::Full);
-            }
-        }
-        // Whatever was signed before now has ended by then.
-        let forget_at = now
-            .saturating_add(MAX_APPROVAL_LIFE + 2 * MAX_CLOCK_SKEW)
-            .unwrap_or(Timestamp::MAX);
-        self.0.insert(key, (serial, forget_at));
-        Ok(())
-    }
 }
 
 impl Ground {
@@ -155,20 +134,17 @@ impl Ground {
         }
         fields.check_time(now)?;
         let expires_at = fields.expires_at.min(entry.expires_at);
-        if expires_at <= now {
+        // Our clock may be ahead of the pool's by as much.
+        let ends_at = expires_at.saturating_add(MAX_CLOCK_SKEW).unwrap_or(expires_at);
+        if ends_at <= now {
             return Err(Refusal::Over(expires_at));
         }
-        if let Some(seen) = serials.seen(&fields.client_key).filter(|seen| fields.serial < *seen) {
-            return Err(Refusal::Serial {
-                offered: fields.serial,
-                seen,
-            });
-        }
-        serials.note(fields.client_key, fields.serial, now)?;
+        serials.check(&fields.client_key, fields.serial, fields.issued_at)?;
+        serials.note(&fields.client_key, fields.serial, now)?;
         Ok(Admitted {
             key: fields.client_key,
             addresses: fields.addresses,
-            expires_at,
+            ends_at,
             serial: fields.serial,
         })
     }

@@ -7,7 +7,7 @@
 use std::mem;
 
 use dvpn_common::{
-    contract::{PeerAdded, PeerRemoved, Snapshot, event},
+    contract::{PeerAdded, PeerReleased, PeerRemoved, Snapshot, event},
     limits::MAX_LIST_BYTES,
 };
 
@@ -38,6 +38,8 @@ pub(super) enum PoolEvent {
     Added(PeerAdded),
     /// One client less.
     Removed(PeerRemoved),
+    /// One connection given back.
+    Released(PeerReleased),
 }
 
 /// An event with the id to ask for what follows it; empty when the pool gave none.
@@ -134,6 +136,7 @@ impl Decoder {
             event::SNAPSHOT => serde_json::from_str(data).map(PoolEvent::Snapshot),
             event::ADD => serde_json::from_str(data).map(PoolEvent::Added),
             event::REMOVE => serde_json::from_str(data).map(PoolEvent::Removed),
+            event::RELEASE => serde_json::from_str(data).map(PoolEvent::Released),
             _ => return Ok(None),
         };
         Ok(Some((self.id.clone(), event.map_err(Error::Format)?)))
@@ -153,6 +156,7 @@ mod tests {
     fn read(bytes: &[u8]) -> Vec<(String, u64)> {
         let sequence = |event| match event {
             PoolEvent::Removed(removed) => removed.sequence,
+            PoolEvent::Released(released) => released.sequence,
             PoolEvent::Snapshot(_) | PoolEvent::Added(_) => 0,
         };
         let events = Decoder::default().read(bytes);

@@ -9,12 +9,17 @@ mod echo;
 mod events;
 mod identity;
 mod limiter;
+mod memory;
 mod network;
 mod node;
 mod pool;
 mod registration;
 mod roster;
+mod serials;
 mod status;
+mod stream;
+mod verdict;
+mod volume;
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -22,19 +27,22 @@ use dvpn_common::{
     ids::{ProviderId, Region},
     keys::{PrivateKey, PublicKey, VerifyingKey},
 };
+use dvpn_core::node::{Rules, Usage};
 use futures::future::BoxFuture;
 use reqwest::Url;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-pub use admission::{Admitted, Ground, Refusal, Serials};
+pub use admission::{Admitted, Ground, Refusal};
 pub use dns::{Forwarder, system_resolvers};
 pub use echo::{EchoResponder, EchoStats};
 pub use identity::Identity;
+pub use memory::Memory;
 pub use network::{NetworkError, check_networks};
 pub use node::run;
 pub use pool::Error as PoolError;
 pub use roster::MAX_PEERS;
+pub use serials::Serials;
 pub use status::{Event, PeerStatus, ProviderStatus};
 
 use crate::{
@@ -70,8 +78,20 @@ pub struct ProviderConfig {
     pub region: Option<Region>,
     /// The pool's key, if configured or learned before.
     pub pool_key: Option<VerifyingKey>,
-    /// Called once when the pool's key is learned at first registration, to be stored.
-    pub pool_key_learned: Arc<dyn Fn(VerifyingKey) + Send + Sync>,
+    /// Keeps what must outlive a restart.
+    pub memory: Arc<dyn Memory>,
+    /// Serials from before a restart.
+    pub serials: Serials,
+    /// Volume of the month from before a restart.
+    pub usage: Option<Usage>,
+    /// `NODE_MAX_PEERS`.
+    pub max_peers: u32,
+    /// `NODE_MONTHLY_CAP_GB` and `NODE_SCHEDULE`.
+    pub rules: Rules,
+    /// `NODE_LIMIT_MBPS` in bits per second.
+    pub limit_bits_per_second: Option<u64>,
+    /// The owner's hand: true takes no new clients.
+    pub drained: watch::Receiver<bool>,
     /// A client with connect and total time limits, no redirects, our roots.
     pub http: reqwest::Client,
     /// The machine.

@@ -1,11 +1,19 @@
-//! The provider's one loop: what the pool says and what time takes, carried out on the tunnel.
+//! The provider's one loop: what the pool says, what the owner allows and what time takes, carried out on the tunnel.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use dvpn_common::{
     contract::{Ack, RefusedPeer, Snapshot},
     keys::VerifyingKey,
-    limits::APPROVE_ACK_TIMEOUT,
+};
+use dvpn_core::{
+    Now,
+    node::{Admission, Month, Standing, Usage, admission},
 };
 use futures::StreamExt as _;
 use ipnetwork::IpNetwork;
@@ -14,31 +22,27 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
-    EchoResponder, Error, Forwarder, Ground, Identity, ProviderConfig, check_networks,
+    EchoResponder, Error, Forwarder, Ground, Identity, PeerStatus, ProviderConfig, ProviderStatus, check_networks,
+    memory::Keeper,
     pool::{Pool, PoolEvent},
-    registration::{Registration, with_sources},
-    roster::Roster,
+    registration::{Registration, Told, with_sources},
+    roster::{Plan, Roster},
     status::{Event, Numbers},
+    stream::{Arrival, acknowledge, follow},
     system_resolvers,
+    volume::Volume,
 };
 use crate::{
     host::{PROVIDER_INTERFACE, ProviderNetwork},
-    tunnel::{DEFAULT_MTU_BYTES, Tunnel, TunnelConfig},
+    tunnel::{DEFAULT_MTU_BYTES, PeerStats, Tunnel, TunnelConfig},
 };
 
 /// Peers are compared with what should be at least this often.
 const TICK: Duration = Duration::from_secs(5);
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// How often an acknowledgement is sent before the stream's next snapshot has to carry it.
-const ACK_ATTEMPTS: u32 = 3;
-
-/// What arrives from the stream's task.
-enum Arrival {
-    Connected,
-    Lost(String),
-    Event(PoolEvent),
-}
+/// How often a renewal's handshake is looked for.
+const WATCH_EVERY: Duration = Duration::from_millis(10);
+/// How often the month's volume is kept.
+const KEEP_USAGE_EVERY: Duration = Duration::from_secs(20);
 
 /// Is a provider until `shutdown`, or until the tunnel fails. Everything is taken down before it returns.
 ///
@@ -47,6 +51,7 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
     let identity = Arc::new(Identity::from_seed(config.node_id.clone(), &config.identity_seed)?);
     let pool = Pool::new(config.http.clone(), config.pool_url.clone(), identity);
     let (pool_key, mut pool_key_seen) = watch::channel(config.pool_key);
+    let (told, mut told_seen) = watch::channel(Told::default());
     let echo = EchoResponder::bind(config.probe_port, &config.public_key).map_err(|source| Error::Echo {
         port: config.probe_port,
         source,
@@ -64,6 +69,10 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
     .await
     .map_err(Error::Tunnel)?;
 
+    let (acks, to_acknowledge) = mpsc::channel(64);
+    let mut node = Node::new(&config, tunnel, acks);
+    node.decide(Timestamp::now());
+    let admission_seen = node.admission.subscribe();
     let registration = || Registration {
         pool: pool.clone(),
         public_key: config.public_key,
@@ -73,7 +82,10 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
         public_probe: config.public_probe.clone(),
         region: config.region.clone(),
         pool_key: pool_key.clone(),
-        pool_key_learned: Arc::clone(&config.pool_key_learned),
+        memory: Arc::clone(&config.memory),
+        max_peers: config.max_peers,
+        admission: admission_seen.clone(),
+        told: told.clone(),
         audit: Arc::clone(&config.audit),
         status: config.status.clone(),
         observed: None,
@@ -90,25 +102,27 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
             }
         }))
     };
-    let (acks, to_acknowledge) = mpsc::channel(64);
     let ack_task = AbortOnDropHandle::new(tokio::spawn(acknowledge(pool.clone(), to_acknowledge)));
 
-    let mut node = Node {
-        config: &config,
-        tunnel,
-        roster: Roster::default(),
-        networks: Vec::new(),
-        dns: None,
-        numbers: Numbers::default(),
-        acks,
+    let channels = Channels {
+        arriving: &mut arriving,
+        pool_key: &mut pool_key_seen,
+        told: &mut told_seen,
+        drained: config.drained.clone(),
     };
-    let ended = node
-        .serve(&mut arriving, &mut pool_key_seen, &shutdown, || echo_stats.answered())
-        .await;
+    let ended = node.serve(channels, &shutdown, || echo_stats.answered()).await;
     drop((stream_task, registration_task, ack_task, echo_task));
     let taken_down = node.take_down().await;
     registration().leave().await;
     ended.and(taken_down)
+}
+
+/// What the loop listens to.
+struct Channels<'a> {
+    arriving: &'a mut mpsc::Receiver<Arrival>,
+    pool_key: &'a mut watch::Receiver<Option<VerifyingKey>>,
+    told: &'a mut watch::Receiver<Told>,
+    drained: watch::Receiver<bool>,
 }
 
 struct Node<'a> {
@@ -117,19 +131,56 @@ struct Node<'a> {
     roster: Roster,
     /// What the machine is configured for; empty until the first snapshot.
     networks: Vec<IpNetwork>,
+    /// Addresses that others know this node by.
+    public: Vec<IpAddr>,
     dns: Option<AbortOnDropHandle<()>>,
     numbers: Numbers,
+    volume: Volume,
+    usage: Usage,
+    usage_kept: Instant,
+    cap_reached: Option<Timestamp>,
+    admission: watch::Sender<Admission>,
+    keeper: Keeper,
     acks: mpsc::Sender<Ack>,
 }
 
-impl Node<'_> {
+impl<'a> Node<'a> {
+    fn new(config: &'a ProviderConfig, tunnel: Box<dyn Tunnel>, acks: mpsc::Sender<Ack>) -> Self {
+        let empty = Usage {
+            month: Month::of(Timestamp::now()),
+            bytes: 0,
+        };
+        let max_clients = usize::try_from(config.max_peers).unwrap_or(usize::MAX);
+        Self {
+            config,
+            tunnel,
+            roster: Roster::new(config.serials.clone(), max_clients),
+            networks: Vec::new(),
+            public: public_addresses(config.endpoint.as_deref(), None),
+            dns: None,
+            numbers: Numbers::default(),
+            volume: Volume::default(),
+            usage: config.usage.unwrap_or(empty),
+            usage_kept: Instant::now(),
+            cap_reached: None,
+            admission: watch::Sender::new(Admission::Open),
+            keeper: Keeper::spawn(Arc::clone(&config.memory)),
+            acks,
+        }
+    }
+
     async fn serve(
         &mut self,
-        arriving: &mut mpsc::Receiver<Arrival>,
-        pool_key: &mut watch::Receiver<Option<VerifyingKey>>,
+        channels: Channels<'_>,
         shutdown: &CancellationToken,
         echoes: impl Fn() -> u64,
     ) -> Result<(), Error> {
+        let Channels {
+            arriving,
+            pool_key,
+            told,
+            mut drained,
+        } = channels;
         let mut changes = self.config.host.network_changes().await.map_err(Error::Host)?;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -139,6 +190,7 @@ impl Node<'_> {
                     .unwrap_or_default()
                     .min(TICK)
             });
+            let watches = self.roster.watches(Instant::now());
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 reason = self.tunnel.died() => return Err(Error::TunnelDied(reason)),
@@ -148,11 +200,21 @@ impl Node<'_> {
                         self.arrived(arrival, key).await?;
                     }
                 }
+                Ok(()) = told.changed() => {
+                    let now = *told.borrow_and_update();
+                    self.told(now).await?;
+                }
                 Some(()) = changes.next(), if !self.networks.is_empty() => {
                     self.config.host.provider_refresh().await.map_err(Error::Host)?;
                 }
+                () = tokio::time::sleep(WATCH_EVERY), if watches => self.look().await?,
                 () = tokio::time::sleep(until_expiry) => self.reconcile().await?,
+                Ok(()) = drained.changed() => {
+                    self.decide(Timestamp::now());
+                    self.reconcile().await?;
+                }
                 _ = tick.tick() => {
+                    self.decide(Timestamp::now());
                     self.reconcile().await?;
                     self.report(echoes()).await?;
                 }
@@ -176,14 +238,78 @@ impl Node<'_> {
             Arrival::Event(PoolEvent::Snapshot(snapshot)) => self.replace(&snapshot, pool_key).await,
             Arrival::Event(PoolEvent::Added(added)) => {
                 let ground = self.ground(pool_key);
-                let refused = self.roster.add(&added.peer, &ground, Timestamp::now()).err();
+                let refused = self.roster.add(&added.peer, &ground, now()).err();
                 self.settle(added.sequence, refused.into_iter().collect()).await
             }
             Arrival::Event(PoolEvent::Removed(removed)) => {
                 self.roster.remove(&removed.public_key);
                 self.settle(removed.sequence, Vec::new()).await
             }
+            Arrival::Event(PoolEvent::Released(released)) => {
+                self.roster.release(&released.public_key, Instant::now());
+                if let Some(peer) = self.numbers.known(&released.public_key) {
+                    (self.config.audit)(Event::PeerReleased { peer });
+                }
+                self.settle(released.sequence, Vec::new()).await
+            }
         }
+    }
+
+    /// What the pool's answer to a registration means here.
+    async fn told(&mut self, told: Told) -> Result<(), Error> {
+        let public = public_addresses(self.config.endpoint.as_deref(), told.observed);
+        if public != self.public {
+            self.public = public;
+            if !self.networks.is_empty() {
+                let public = self.public.clone();
+                self.config.host.provider_public(public).await.map_err(Error::Host)?;
+            }
+        }
+        if self
+            .roster
+            .set_prober(told.prober.filter(|key| *key != self.config.public_key))
+        {
+            self.reconcile().await?;
+        }
+        Ok(())
+    }
+
+    /// What the node does with clients now; the pool hears of a change at once.
+    fn decide(&mut self, at: Timestamp) {
+        let rules = &self.config.rules;
+        let capped = rules.monthly_cap_bytes > 0 && self.usage.bytes >= rules.monthly_cap_bytes;
+        if !capped || Month::of(at) > self.usage.month {
+            self.usage = self.usage.plus(0, at);
+            self.cap_reached = None;
+        }
+        let standing = Standing {
+            drained: *self.config.drained.borrow(),
+            month_bytes: self.usage.bytes,
+            cap_reached: self.cap_reached,
+        };
+        let decided = admission(rules, &standing, at);
+        self.roster.draining = decided.reason().map(dvpn_core::node::Reason::as_str);
+        self.roster.closed = matches!(decided, Admission::Closed(_));
+        let changed = self
+            .admission
+            .send_if_modified(|last| std::mem::replace(last, decided) != decided);
+        let text = decided.to_string();
+        if changed {
+            tracing::info!("this node is {text}");
+            (self.config.audit)(Event::AdmissionChanged {
+                admission: text.clone(),
+            });
+        }
+        let (month_bytes, config) = (self.usage.bytes, self.config);
+        config.status.send_if_modified(|status| {
+            let news = status.admission != text || status.month_bytes != month_bytes;
+            status.admission = text;
+            status.month_bytes = month_bytes;
+            status.max_peers = config.max_peers;
+            status.monthly_cap_bytes = config.rules.monthly_cap_bytes;
+            status.limit_bits_per_second = config.limit_bits_per_second;
+            news
+        });
     }
 
     /// A snapshot: first the machine, then the peers. Networks that cannot be are refused with everything in them.
@@ -215,19 +341,20 @@ impl Node<'_> {
             self.renumber(&snapshot.networks).await?;
         }
         let ground = self.ground(pool_key);
-        let refused = self.roster.replace(&snapshot.peers, &ground, Timestamp::now());
+        let refused = self.roster.replace(&snapshot.peers, &ground, now());
         self.settle(snapshot.sequence, refused).await
     }
 
     /// Brings the machine up for these networks, without any peer.
     async fn renumber(&mut self, networks: &[IpNetwork]) -> Result<(), Error> {
         self.dns = None;
-        self.roster = Roster::default();
+        self.roster.clear();
         self.reconcile().await?;
         let network = ProviderNetwork {
             interface: PROVIDER_INTERFACE.to_owned(),
             networks: networks.to_vec(),
             mtu_bytes: DEFAULT_MTU_BYTES,
+            public: self.public.clone(),
         };
         self.config.host.provider_up(&network).await.map_err(Error::Host)?;
         networks.clone_into(&mut self.networks);
@@ -255,6 +382,9 @@ impl Node<'_> {
 
     async fn settle(&mut self, sequence: u64, refused: Vec<RefusedPeer>) -> Result<(), Error> {
         self.reconcile().await?;
+        if let Some(serials) = self.roster.changed_serials() {
+            self.keeper.serials(serials);
+        }
         for peer in &refused {
             tracing::warn!("a client was refused: {}", peer.reason);
             (self.config.audit)(Event::PeerRefused {
@@ -271,45 +401,107 @@ impl Node<'_> {
         }
     }
 
+    /// Whether a renewal has shaken hands.
+    async fn look(&mut self) -> Result<(), Error> {
+        let stats = self.tunnel.stats().await.map_err(Error::Tunnel)?;
+        if self.roster.observe(&stats, Instant::now()) {
+            self.carry_out(&stats).await?;
+        }
+        Ok(())
+    }
+
     /// Makes the tunnel's peers what they should be.
     async fn reconcile(&mut self) -> Result<(), Error> {
         self.roster.expire(Timestamp::now());
         let stats = self.tunnel.stats().await.map_err(Error::Tunnel)?;
+        self.roster.observe(&stats, Instant::now());
+        self.carry_out(&stats).await
+    }
+
+    async fn carry_out(&mut self, stats: &[PeerStats]) -> Result<(), Error> {
         let observed: BTreeSet<_> = stats.iter().map(|peer| peer.public_key).collect();
         let plan = self.roster.plan(&observed);
-        for key in &plan.remove {
-            self.tunnel.remove_peer(*key).await.map_err(Error::Tunnel)?;
-            if let Some(peer) = self.numbers.forget(key) {
-                (self.config.audit)(Event::PeerRemoved { peer });
-            }
-        }
+        // An address that moves from one peer to another moves with this; the other is taken off after it.
         if !plan.set.is_empty() {
             self.tunnel.set_peers(plan.set.clone()).await.map_err(Error::Tunnel)?;
         }
-        for peer in plan.set.iter().filter(|peer| !observed.contains(&peer.public_key)) {
-            (self.config.audit)(Event::PeerAdmitted {
-                peer: self.numbers.of(peer.public_key),
-            });
+        for key in &plan.remove {
+            self.tunnel.remove_peer(*key).await.map_err(Error::Tunnel)?;
         }
+        self.record(&plan);
         self.roster.applied(&plan);
         Ok(())
     }
 
+    fn record(&mut self, plan: &Plan) {
+        let audit = &self.config.audit;
+        for (old, new) in self.roster.take_handed_over() {
+            if let Some(peer) = self.numbers.inherit(&old, new) {
+                audit(Event::PeerRenewed { peer });
+            }
+        }
+        for key in &plan.remove {
+            if let Some(peer) = self.numbers.forget(key) {
+                self.volume.forget(peer);
+                audit(Event::PeerRemoved { peer });
+            }
+        }
+        // Who has no addresses is no client yet, or the pool's prober.
+        for peer in plan.set.iter().filter(|peer| !peer.allowed_ips.is_empty()) {
+            if self.numbers.known(&peer.public_key).is_none() {
+                audit(Event::PeerAdmitted {
+                    peer: self.numbers.of(peer.public_key),
+                });
+            }
+        }
+    }
+
     async fn report(&mut self, echoes: u64) -> Result<(), Error> {
-        let stats = self.tunnel.stats().await.map_err(Error::Tunnel)?;
         let refused = self.config.host.provider_counters().map_err(Error::Host)?;
         // An empty answer is a table that is not there. No peer without isolation: down, and up again with it.
         if !self.networks.is_empty() && refused.is_empty() {
             return Err(Error::FirewallGone);
         }
-        let peers = self.numbers.status(&stats);
+        self.count(Timestamp::now())?;
+        let active: BTreeSet<_> = self.roster.active(Instant::now()).map(|client| client.key).collect();
+        let peers: Vec<PeerStatus> = self
+            .roster
+            .holding_clients()
+            .filter_map(|client| {
+                let peer = self.numbers.known(&client.key)?;
+                Some(PeerStatus {
+                    peer,
+                    active: active.contains(&client.key),
+                    carried: self.volume.of(peer),
+                })
+            })
+            .collect();
         self.config.status.send_if_modified(|status| {
             let changed = status.peers != peers || status.refused != refused || status.echoes != echoes;
+            status.active = active.len();
             status.peers = peers;
             status.refused = refused;
             status.echoes = echoes;
             changed
         });
+        Ok(())
+    }
+
+    /// What clients carried since the last time goes to them and to the month.
+    fn count(&mut self, at: Timestamp) -> Result<(), Error> {
+        let carried = self.config.host.provider_carried().map_err(Error::Host)?;
+        let bytes = self.volume.add(carried, self.roster.holding_clients(), &self.numbers);
+        let before = self.usage;
+        self.usage = self.usage.plus(bytes, at);
+        let cap = self.config.rules.monthly_cap_bytes;
+        let reached = cap > 0 && before.bytes < cap && self.usage.bytes >= cap;
+        if reached {
+            self.cap_reached = Some(at);
+        }
+        if reached || self.usage_kept.elapsed() >= KEEP_USAGE_EVERY {
+            self.usage_kept = Instant::now();
+            self.keeper.usage(self.usage);
+        }
         Ok(())
     }
 
@@ -325,67 +517,41 @@ impl Node<'_> {
     /// Peers, then the machine, then the device; then nothing of ours is left.
     async fn take_down(mut self) -> Result<(), Error> {
         self.dns = None;
-        self.roster = Roster::default();
+        if let Err(error) = self.count(Timestamp::now()) {
+            tracing::info!("counting for the last time: {}", with_sources(&error));
+        }
+        self.keeper.usage(self.usage);
+        self.roster.set_prober(None);
+        self.roster.clear();
         if let Err(error) = self.reconcile().await {
             tracing::info!("removing peers: {}", with_sources(&error));
         }
         let down = self.config.host.provider_down().await.map_err(Error::Host);
         self.tunnel.close().await;
+        self.keeper.finish().await;
         self.config
             .status
-            .send_modify(|status| *status = super::ProviderStatus::default());
+            .send_modify(|status| *status = ProviderStatus::default());
         down
     }
 }
 
-/// Reads the event stream, and opens it again whenever it ends.
-async fn follow(pool: Pool, arrivals: mpsc::Sender<Arrival>) {
-    let mut pause = FIRST_PAUSE;
-    let mut last_id: Option<String> = None;
-    loop {
-        let problem = match pool.events(last_id.as_deref()).await {
-            Err(error) => with_sources(&error),
-            Ok(mut events) => {
-                if arrivals.send(Arrival::Connected).await.is_err() {
-                    return;
-                }
-                loop {
-                    match events.next().await {
-                        Some(Ok((id, event))) => {
-                            pause = FIRST_PAUSE;
-                            last_id = Some(id).filter(|id| !id.is_empty()).or(last_id);
-                            if arrivals.send(Arrival::Event(event)).await.is_err() {
-                                return;
-                            }
-                        }
-                        Some(Err(error)) => break with_sources(&error),
-                        None => break "the pool closed the event stream".to_owned(),
-                    }
-                }
-            }
-        };
-        tracing::info!("the pool's event stream: {problem}");
-        if arrivals.send(Arrival::Lost(problem)).await.is_err() {
-            return;
-        }
-        tokio::time::sleep(pause.mul_f64(rand::random_range(0.8..1.2))).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+fn now() -> Now {
+    Now {
+        instant: Instant::now(),
+        wall: Timestamp::now(),
     }
 }
 
-/// Sends acknowledgements in order. The pool waits two seconds for one; a lost one is repaired by the next snapshot.
-async fn acknowledge(pool: Pool, mut acks: mpsc::Receiver<Ack>) {
-    while let Some(ack) = acks.recv().await {
-        for attempt in 1..=ACK_ATTEMPTS {
-            match tokio::time::timeout(APPROVE_ACK_TIMEOUT, pool.acknowledge(&ack)).await {
-                Ok(Ok(())) => break,
-                Ok(Err(error)) => tracing::info!(
-                    "acknowledging {}, attempt {attempt}: {}",
-                    ack.sequence,
-                    with_sources(&error)
-                ),
-                Err(_elapsed) => tracing::info!("acknowledging {}, attempt {attempt}: no answer in time", ack.sequence),
-            }
-        }
-    }
+/// Global addresses that this node is known by.
+fn public_addresses(endpoint: Option<&str>, observed: Option<IpAddr>) -> Vec<IpAddr> {
+    let configured = endpoint.and_then(|text| text.parse::<SocketAddr>().ok());
+    let mut all: Vec<IpAddr> = configured
+        .map(|endpoint| endpoint.ip())
+        .into_iter()
+        .chain(observed)
+        .collect();
+    all.sort();
+    all.dedup();
+    all
 }

@@ -7,14 +7,17 @@ use std::{
 };
 
 use dvpn_common::{
-    contract::{RegisterRequest, RegisterResponse},
+    contract::{KeyRotation, RegisterRequest, RegisterResponse},
     keys::{PublicKey, VerifyingKey},
 };
+use dvpn_core::{node::Admission, pool_key};
 use tokio::sync::watch;
 
 use super::{
+    Memory,
     pool::Pool,
     status::{Event, ProviderStatus},
+    verdict::{Facts, verdict},
 };
 use dvpn_common::ids::Region;
 
@@ -24,6 +27,15 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 /// For the last word.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
+
+/// What the pool's answers mean for the node's loop.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Told {
+    /// The pool's key for its own handshakes.
+    pub(super) prober: Option<PublicKey>,
+    /// Where the pool sees us.
+    pub(super) observed: Option<IpAddr>,
+}
 
 /// What is announced.
 pub(super) struct Registration {
@@ -35,7 +47,10 @@ pub(super) struct Registration {
     pub(super) public_probe: Option<String>,
     pub(super) region: Option<Region>,
     pub(super) pool_key: watch::Sender<Option<VerifyingKey>>,
-    pub(super) pool_key_learned: Arc<dyn Fn(VerifyingKey) + Send + Sync>,
+    pub(super) memory: Arc<dyn Memory>,
+    pub(super) max_peers: u32,
+    pub(super) admission: watch::Receiver<Admission>,
+    pub(super) told: watch::Sender<Told>,
     pub(super) audit: Arc<dyn Fn(Event) + Send + Sync>,
     pub(super) status: watch::Sender<ProviderStatus>,
     /// What the pool saw us come from.
@@ -67,7 +82,12 @@ impl Registration {
                     } else {
                         heartbeat
                     };
-                    tokio::time::sleep(wait).await;
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        // The pool is to hear at once that no more clients are taken, or that they are again. A sender
+                        // that is gone is the node's end.
+                        changed = self.admission.changed() => if changed.is_err() { return },
+                    }
                 }
                 Err(problem) => {
                     tracing::warn!("registering this node: {problem}");
@@ -104,13 +124,13 @@ impl Registration {
                 .public_probe
                 .clone()
                 .or_else(|| probe_beside(&endpoint, self.probe_port)),
-            endpoint,
+            endpoint: endpoint.clone(),
             public_key: self.public_key,
             region: self.region.clone(),
             identity: Some(self.pool.identity().key()),
             leaving,
-            draining: false,
-            max_peers: None,
+            draining: *self.admission.borrow() != Admission::Open,
+            max_peers: Some(self.max_peers),
         };
         let response = self
             .pool
@@ -118,33 +138,62 @@ impl Registration {
             .await
             .map_err(|error| with_sources(&error))?;
         if !leaving {
-            let key_problem = response.pool_key.and_then(|key| self.learn(key));
+            let key_problem = response.pool_key.and_then(|key| self.learn(key, &response.rotations));
+            let verdict = verdict(&Facts {
+                reachability: response.reachability,
+                reason: response.reason.as_deref(),
+                listed: response.listed,
+                endpoint: &endpoint,
+                observed: response.observed_address,
+                port: self.port,
+                probe_port: self.probe_port,
+            });
             self.status.send_modify(|status| {
+                if status.verdict != verdict {
+                    match &verdict {
+                        Some(problem) => tracing::warn!("{}: {}", problem.what, problem.how),
+                        None => tracing::info!("clients reach this node again"),
+                    }
+                }
                 status.registered = true;
                 status.listed = response.listed;
+                status.reachability = response.reachability;
+                status.verdict = verdict;
                 status.problem = key_problem.or_else(|| response.reason.clone().filter(|_| !response.listed));
             });
+            let told = Told {
+                prober: response.prober_key,
+                observed: response.observed_address,
+            };
+            self.told.send_if_modified(|last| std::mem::replace(last, told) != told);
         }
         Ok(response)
     }
 
-    /// Pins the first key; a different one later is a problem, not a key.
-    fn learn(&self, key: VerifyingKey) -> Option<String> {
+    /// Pins the first key; a different one later must be signed for by the pinned one.
+    fn learn(&self, key: VerifyingKey, rotations: &[KeyRotation]) -> Option<String> {
         let pinned = *self.pool_key.borrow();
         match pinned {
             None => {
-                (self.pool_key_learned)(key);
+                self.memory.pool_key(key);
                 (self.audit)(Event::PoolKeyLearned { key: key.to_string() });
                 self.pool_key.send_replace(Some(key));
                 None
             }
             Some(pinned) if pinned == key => None,
-            Some(pinned) => {
-                (self.audit)(Event::PoolKeyRefused { key: key.to_string() });
-                Some(format!(
-                    "the pool shows the key {key}, pinned is {pinned}: check POOL_URL and POOL_PUBLIC_KEY"
-                ))
-            }
+            Some(pinned) => match pool_key::follow(pinned, key, rotations) {
+                Ok(key) => {
+                    tracing::info!("the pool changed its key to {key}, signed by the key that was pinned");
+                    self.memory.pool_key(key);
+                    (self.audit)(Event::PoolKeyRotated { key: key.to_string() });
+                    self.pool_key.send_replace(Some(key));
+                    None
+                }
+                Err(error) => {
+                    (self.audit)(Event::PoolKeyRefused { key: key.to_string() });
+                    Some(format!("{error}: check POOL_URL and POOL_PUBLIC_KEY"))
+                }
+            },
         }
     }
 

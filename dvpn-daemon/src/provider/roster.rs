@@ -1,87 +1,342 @@
 //! The clients that should be peers now, and how to get there from what the tunnel has.
+//!
+//! An address has one holder. A renewal has the addresses of the client that it renews and waits, a peer without
+//! allowed IPs, until its first completed handshake, or until the renewed one is gone; then it is the holder.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 use dvpn_common::{
     contract::{PeerEntry, RefusedPeer},
     keys::PublicKey,
 };
+use dvpn_core::Now;
 use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 
-use super::admission::{Admitted, Ground, Refusal, Serials};
-use crate::tunnel::PeerConfig;
+use super::{
+    Serials,
+    admission::{Admitted, Ground, Refusal},
+};
+use crate::tunnel::{PeerConfig, PeerStats};
 
 /// Most peers of one node.
 pub const MAX_PEERS: usize = 4096;
+/// A connection is active for this long after a handshake: a session can be used for no longer
+/// (whitepaper, section 6.1: Reject-After-Time).
+pub(super) const ACTIVE: Duration = Duration::from_mins(3);
+/// A renewal is watched closely for this long; later it is noticed with the next comparison.
+const WATCH: Duration = Duration::from_secs(30);
+/// Renewals of renewals that a snapshot is sorted by; deeper ones are taken as they come.
+const MAX_DEPTH: usize = 8;
 
-/// What has to be done to a tunnel.
+/// What has to be done to a tunnel: first `set`, then `remove`, so that an address that moves is never nobody's.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) set: Vec<PeerConfig>,
     pub(super) remove: Vec<PublicKey>,
 }
 
+/// One client.
+#[derive(Debug)]
+struct Client {
+    admitted: Admitted,
+    /// The holder of its addresses, while it is not itself.
+    waits_for: Option<PublicKey>,
+    /// Since when it waits.
+    since: Instant,
+}
+
 /// The admitted clients.
-#[derive(Default)]
 pub(super) struct Roster {
     serials: Serials,
-    desired: BTreeMap<PublicKey, Admitted>,
+    max_clients: usize,
+    clients: BTreeMap<PublicKey, Client>,
     holders: BTreeMap<IpNetwork, PublicKey>,
+    /// Whose addresses a renewal took at its handshake, and which. The pool may go on naming the old key.
+    renewed: BTreeMap<PublicKey, PublicKey>,
+    /// The same since somebody last asked: the connection goes on under another key.
+    handed_over: Vec<(PublicKey, PublicKey)>,
+    released: BTreeMap<PublicKey, Instant>,
+    handshakes: BTreeMap<PublicKey, Instant>,
+    /// The pool's own peer.
+    prober: Option<PublicKey>,
+    /// Why no new clients are taken.
+    pub(super) draining: Option<&'static str>,
+    /// Nobody is a peer for now; who may be is kept up to date.
+    pub(super) closed: bool,
     /// What the tunnel was told last, because it does not tell allowed IPs back.
     applied: BTreeMap<PublicKey, Vec<IpNetwork>>,
 }
 
 impl Roster {
-    /// Makes the clients equal to a snapshot; whom it leaves out goes. Says who was refused.
-    pub(super) fn replace(&mut self, entries: &[PeerEntry], ground: &Ground, now: Timestamp) -> Vec<RefusedPeer> {
-        self.desired.clear();
+    pub(super) fn new(serials: Serials, max_clients: usize) -> Self {
+        Self {
+            serials,
+            max_clients: max_clients.min(MAX_PEERS),
+            clients: BTreeMap::new(),
+            holders: BTreeMap::new(),
+            renewed: BTreeMap::new(),
+            handed_over: Vec::new(),
+            released: BTreeMap::new(),
+            handshakes: BTreeMap::new(),
+            prober: None,
+            draining: None,
+            closed: false,
+            applied: BTreeMap::new(),
+        }
+    }
+
+    /// Serials, to be kept, if they changed since this was last asked.
+    pub(super) fn changed_serials(&mut self) -> Option<Vec<u8>> {
+        self.serials.take_changed().then(|| self.serials.encode())
+    }
+
+    /// The pool's key for its own handshakes; says whether it is another one than before.
+    pub(super) fn set_prober(&mut self, prober: Option<PublicKey>) -> bool {
+        let changed = self.prober != prober;
+        self.prober = prober;
+        changed
+    }
+
+    /// Forgets every client; what was seen of serials stays.
+    pub(super) fn clear(&mut self) {
+        self.clients.clear();
         self.holders.clear();
-        entries
-            .iter()
-            .filter_map(|entry| self.add(entry, ground, now).err())
-            .collect()
+    }
+
+    /// Makes the clients equal to a snapshot; whom it leaves out goes. Says who was refused.
+    pub(super) fn replace(&mut self, entries: &[PeerEntry], ground: &Ground, now: Now) -> Vec<RefusedPeer> {
+        let named: BTreeSet<PublicKey> = entries.iter().map(|entry| entry.public_key).collect();
+        let before = std::mem::take(&mut self.clients);
+        self.holders.clear();
+        self.renewed.retain(|_, new| named.contains(new));
+        self.released.retain(|key, _| named.contains(key));
+        // A snapshot says who is there, not who is new.
+        let draining = self.draining.take();
+        let mut refused = Vec::new();
+        for entry in in_order(entries) {
+            refused.extend(self.add(entry, ground, now).err());
+        }
+        self.draining = draining;
+        for (key, client) in &mut self.clients {
+            if let Some(earlier) = before.get(key) {
+                client.since = earlier.since;
+            }
+        }
+        refused
     }
 
     /// Admits one client, or says why not. A refused renewal leaves the client as it was.
-    pub(super) fn add(&mut self, entry: &PeerEntry, ground: &Ground, now: Timestamp) -> Result<(), RefusedPeer> {
+    pub(super) fn add(&mut self, entry: &PeerEntry, ground: &Ground, now: Now) -> Result<(), RefusedPeer> {
+        let key = entry.public_key;
+        if let Some(successor) = self.renewed.get(&key) {
+            if entry.renews != Some(*successor) {
+                // Its addresses went to its renewal, which is what was asked for.
+                return Ok(());
+            }
+            self.renewed.remove(&key);
+        }
         let refused = |reason: Refusal| RefusedPeer {
-            public_key: entry.public_key,
+            public_key: key,
             reason: reason.to_string(),
         };
-        if self.desired.len() >= MAX_PEERS && !self.desired.contains_key(&entry.public_key) {
+        let renews = self.renewable(entry);
+        if !self.clients.contains_key(&key) && renews.is_none() {
+            if let Some(why) = self.draining {
+                return Err(refused(Refusal::NotNow(why)));
+            }
+            if self.clients.len() >= self.max_clients && self.holding_clients().count() >= self.max_clients {
+                return Err(refused(Refusal::Full));
+            }
+        }
+        if !self.clients.contains_key(&key) && self.clients.len() >= 2 * MAX_PEERS {
             return Err(refused(Refusal::Full));
         }
         let holders = &self.holders;
-        let taken = |address: &IpNetwork| holders.get(address).copied();
-        let admitted = ground.admit(entry, &mut self.serials, taken, now).map_err(refused)?;
-        self.remove(&admitted.key);
-        self.holders
-            .extend(admitted.addresses.iter().map(|address| (*address, admitted.key)));
-        self.desired.insert(admitted.key, admitted);
+        let taken = |address: &IpNetwork| holders.get(address).copied().filter(|holder| Some(*holder) != renews);
+        let admitted = ground
+            .admit(entry, &mut self.serials, taken, now.wall)
+            .map_err(refused)?;
+        if entry.released {
+            self.released.entry(key).or_insert(now.instant);
+        } else {
+            self.released.remove(&key);
+        }
+        self.insert(admitted, renews, now.instant);
         Ok(())
+    }
+
+    /// The holder of the addresses that this entry renews: the renewed client, or whom it is itself waiting for.
+    fn renewable(&self, entry: &PeerEntry) -> Option<PublicKey> {
+        let old = entry.renews.filter(|old| *old != entry.public_key)?;
+        let old = self.renewed.get(&old).copied().unwrap_or(old);
+        let holder = self.clients.get(&old)?.waits_for.unwrap_or(old);
+        let same = self.clients.get(&holder)?.admitted.addresses == entry.addresses;
+        (same && holder != entry.public_key).then_some(holder)
+    }
+
+    fn insert(&mut self, admitted: Admitted, waits_for: Option<PublicKey>, now: Instant) {
+        let key = admitted.key;
+        let moved = self
+            .clients
+            .get(&key)
+            .is_some_and(|before| before.admitted.addresses != admitted.addresses);
+        if moved {
+            self.remove(&key);
+        }
+        if waits_for.is_none() {
+            self.holders
+                .extend(admitted.addresses.iter().map(|address| (*address, key)));
+        }
+        let since = self.clients.get(&key).map_or(now, |before| before.since);
+        self.clients.insert(
+            key,
+            Client {
+                admitted,
+                waits_for,
+                since,
+            },
+        );
     }
 
     /// Removes every client that is not among these.
     pub(super) fn retain(&mut self, entries: &[PeerEntry]) {
         let named: BTreeSet<&PublicKey> = entries.iter().map(|entry| &entry.public_key).collect();
-        self.desired.retain(|key, _| named.contains(key));
-        self.holders.retain(|_, holder| named.contains(holder));
+        let gone: Vec<PublicKey> = self
+            .clients
+            .keys()
+            .filter(|key| !named.contains(key))
+            .copied()
+            .collect();
+        gone.iter().for_each(|key| self.remove(key));
     }
 
-    /// Removes a client; one that is not there is no error.
+    /// Removes a client; one that is not there is no error. Its addresses go to whoever renews it.
     pub(super) fn remove(&mut self, key: &PublicKey) {
-        self.desired.remove(key);
-        self.holders.retain(|_, holder| holder != key);
+        let Some(gone) = self.clients.remove(key) else {
+            return;
+        };
+        self.released.remove(key);
+        if gone.waits_for.is_some() {
+            return;
+        }
+        for address in &gone.admitted.addresses {
+            self.holders.remove(address);
+        }
+        let newest = self
+            .waiting_for(*key)
+            .max_by_key(|client| client.admitted.serial)
+            .map(|client| client.admitted.key);
+        if let Some(newest) = newest {
+            self.make_holder(newest, *key);
+        }
+    }
+
+    /// A client gave its connection back: it is active again with its next handshake.
+    pub(super) fn release(&mut self, key: &PublicKey, now: Instant) {
+        if self.clients.contains_key(key) {
+            self.released.insert(*key, now);
+        }
+    }
+
+    /// A renewal completed its handshake: the addresses are its own, and the renewed client is gone.
+    fn take_over(&mut self, key: PublicKey) {
+        let Some(client) = self.clients.get(&key) else { return };
+        let (Some(old), serial) = (client.waits_for, client.admitted.serial) else {
+            return;
+        };
+        // Older attempts at the same renewal are superseded with it.
+        let superseded: Vec<PublicKey> = self
+            .waiting_for(old)
+            .filter(|other| other.admitted.serial < serial)
+            .map(|other| other.admitted.key)
+            .chain([old])
+            .collect();
+        for gone in superseded {
+            self.clients.remove(&gone);
+            self.released.remove(&gone);
+            self.renewed.insert(gone, key);
+        }
+        self.make_holder(key, old);
+    }
+
+    fn make_holder(&mut self, key: PublicKey, instead_of: PublicKey) {
+        for client in self.clients.values_mut() {
+            if client.admitted.key == key {
+                client.waits_for = None;
+                let addresses = client.admitted.addresses.iter();
+                self.holders.extend(addresses.map(|address| (*address, key)));
+            } else if client.waits_for == Some(instead_of) {
+                client.waits_for = Some(key);
+            }
+        }
+        self.handed_over.push((instead_of, key));
+    }
+
+    fn waiting_for(&self, holder: PublicKey) -> impl Iterator<Item = &Client> {
+        self.clients
+            .values()
+            .filter(move |client| client.waits_for == Some(holder))
+    }
+
+    /// Whether a renewal is young enough to be watched closely.
+    pub(super) fn watches(&self, now: Instant) -> bool {
+        self.clients
+            .values()
+            .any(|client| client.waits_for.is_some() && now.saturating_duration_since(client.since) < WATCH)
+    }
+
+    /// Notes what the tunnel saw; renewals with a completed handshake take over. Says whether one did.
+    pub(super) fn observe(&mut self, stats: &[PeerStats], now: Instant) -> bool {
+        self.handshakes = stats
+            .iter()
+            .filter_map(|peer| Some((peer.public_key, now.checked_sub(peer.last_handshake?)?)))
+            .collect();
+        let completed: Vec<PublicKey> = self
+            .clients
+            .values()
+            .filter(|client| client.waits_for.is_some() && self.handshakes.contains_key(&client.admitted.key))
+            .map(|client| client.admitted.key)
+            .collect();
+        completed.iter().for_each(|key| self.take_over(*key));
+        !completed.is_empty()
+    }
+
+    /// The clients whose connection is active: a handshake within [`ACTIVE`], and none given back since. As of the last
+    /// [`Roster::observe`]; these are who shares the line.
+    pub(super) fn active(&self, now: Instant) -> impl Iterator<Item = &Admitted> {
+        self.holding_clients().filter(move |client| {
+            self.handshakes.get(&client.key).is_some_and(|shaken| {
+                let fresh = now.saturating_duration_since(*shaken) < ACTIVE;
+                let released = self.released.get(&client.key);
+                fresh && released.is_none_or(|released| released < shaken)
+            })
+        })
+    }
+
+    /// Clients that hold addresses now: each is one connection.
+    pub(super) fn holding_clients(&self) -> impl Iterator<Item = &Admitted> {
+        self.clients
+            .values()
+            .filter(|client| client.waits_for.is_none())
+            .map(|client| &client.admitted)
+    }
+
+    /// Connections that go on under another key since this was last asked: old and new.
+    pub(super) fn take_handed_over(&mut self) -> Vec<(PublicKey, PublicKey)> {
+        std::mem::take(&mut self.handed_over)
     }
 
     /// Removes whose time is over.
     pub(super) fn expire(&mut self, now: Timestamp) -> Vec<PublicKey> {
         let over: Vec<PublicKey> = self
-            .desired
+            .clients
             .values()
-            .filter(|client| client.expires_at <= now)
-            .map(|client| client.key)
+            .filter(|client| client.admitted.ends_at <= now)
+            .map(|client| client.admitted.key)
             .collect();
         for key in &over {
             self.remove(key);
@@ -91,26 +346,38 @@ impl Roster {
 
     /// When the next client's time is over.
     pub(super) fn next_expiry(&self) -> Option<Timestamp> {
-        self.desired.values().map(|client| client.expires_at).min()
+        self.clients.values().map(|client| client.admitted.ends_at).min()
     }
 
     /// Desired − observed is set, observed − desired is removed.
     pub(super) fn plan(&self, observed: &BTreeSet<PublicKey>) -> Plan {
-        let set = self.desired.values().filter(|client| {
-            !observed.contains(&client.key) || self.applied.get(&client.key) != Some(&client.addresses)
+        let clients = self.clients.values().filter(|_| !self.closed).map(|client| {
+            let held = client.waits_for.is_none();
+            let addresses = if held {
+                client.admitted.addresses.as_slice()
+            } else {
+                &[]
+            };
+            (client.admitted.key, addresses)
+        });
+        let prober = self.prober.filter(|key| !self.clients.contains_key(key));
+        let desired: BTreeMap<PublicKey, &[IpNetwork]> =
+            clients.chain(prober.map(|key| (key, [].as_slice()))).collect();
+        let set = desired.iter().filter(|(key, addresses)| {
+            !observed.contains(*key) || self.applied.get(*key).map(Vec::as_slice) != Some(**addresses)
         });
         Plan {
             set: set
-                .map(|client| PeerConfig {
-                    public_key: client.key,
+                .map(|(key, addresses)| PeerConfig {
+                    public_key: *key,
                     endpoint: None,
-                    allowed_ips: client.addresses.clone(),
+                    allowed_ips: addresses.to_vec(),
                     keepalive: None,
                 })
                 .collect(),
             remove: observed
                 .iter()
-                .filter(|key| !self.desired.contains_key(key))
+                .filter(|key| !desired.contains_key(key))
                 .copied()
                 .collect(),
         }
@@ -125,3 +392,25 @@ impl Roster {
             .extend(plan.set.iter().map(|peer| (peer.public_key, peer.allowed_ips.clone())));
     }
 }
+
+/// The entries, each after the one that it renews.
+fn in_order(entries: &[PeerEntry]) -> Vec<&PeerEntry> {
+    let mut sorted = Vec::with_capacity(entries.len());
+    let mut rest: Vec<&PeerEntry> = entries.iter().collect();
+    for _ in 0..MAX_DEPTH {
+        let unsorted: BTreeSet<PublicKey> = rest.iter().map(|entry| entry.public_key).collect();
+        let (ready, later): (Vec<_>, Vec<_>) = rest
+            .into_iter()
+            .partition(|entry| entry.renews.is_none_or(|old| !unsorted.contains(&old)));
+        sorted.extend(ready);
+        rest = later;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    sorted.extend(rest);
+    sorted
+}
+
+#[cfg(test)]
+mod tests;

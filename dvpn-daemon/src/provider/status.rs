@@ -1,11 +1,11 @@
 //! What a provider says of itself. Clients are numbers here, made anew at every start.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
-use dvpn_common::keys::PublicKey;
+use dvpn_common::{contract::Reachability, keys::PublicKey, status::Problem};
 use serde::Serialize;
 
-use crate::{host::CounterValue, tunnel::PeerStats};
+use crate::host::{Carried, CounterValue};
 
 /// A fact for the audit log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -26,8 +26,28 @@ pub enum Event {
         /// It, base64.
         key: String,
     },
+    /// The pool changed its key, and the old one vouched for the new one.
+    PoolKeyRotated {
+        /// The new one, base64.
+        key: String,
+    },
+    /// What this node does with clients changed.
+    AdmissionChanged {
+        /// [`dvpn_core::node::Admission`] in words.
+        admission: String,
+    },
     /// A client became a peer.
     PeerAdmitted {
+        /// Its number.
+        peer: u64,
+    },
+    /// A client's connection goes on under a new key.
+    PeerRenewed {
+        /// Its number.
+        peer: u64,
+    },
+    /// A client gave its connection back.
+    PeerReleased {
         /// Its number.
         peer: u64,
     },
@@ -43,17 +63,16 @@ pub enum Event {
     },
 }
 
-/// One client.
+/// One client's connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PeerStatus {
     /// Its number.
     pub peer: u64,
-    /// Bytes received from it.
-    pub rx_bytes: u64,
-    /// Bytes sent to it.
-    pub tx_bytes: u64,
-    /// Age of its last handshake.
-    pub last_handshake: Option<Duration>,
+    /// A handshake within three minutes, and not given back since.
+    pub active: bool,
+    /// What it sent and was sent, in layer-3 packets and bytes.
+    #[serde(skip)]
+    pub carried: Carried,
 }
 
 /// The provider as it is.
@@ -70,6 +89,22 @@ pub struct ProviderStatus {
     pub up: bool,
     /// What is wrong, and what to do.
     pub problem: Option<String>,
+    /// What the pool found when it tried to reach this node.
+    pub reachability: Option<Reachability>,
+    /// Why clients do not reach this node, and what its owner can do.
+    pub verdict: Option<Problem>,
+    /// [`dvpn_core::node::Admission`] in words.
+    pub admission: String,
+    /// Most clients.
+    pub max_peers: u32,
+    /// Connections that are active now.
+    pub active: usize,
+    /// Bytes carried for clients this calendar month (UTC).
+    pub month_bytes: u64,
+    /// `NODE_MONTHLY_CAP_GB` in bytes; 0 for none.
+    pub monthly_cap_bytes: u64,
+    /// `NODE_LIMIT_MBPS` in bits per second. Wanted: nothing enforces it in this version.
+    pub limit_bits_per_second: Option<u64>,
     /// Every client.
     pub peers: Vec<PeerStatus>,
     /// Packets refused, by reason: [`crate::host::refused`].
@@ -95,19 +130,19 @@ impl Numbers {
         })
     }
 
-    pub(super) fn forget(&mut self, key: &PublicKey) -> Option<u64> {
-        self.of.remove(key)
+    /// The number of a key that has one.
+    pub(super) fn known(&self, key: &PublicKey) -> Option<u64> {
+        self.of.get(key).copied()
     }
 
-    pub(super) fn status(&mut self, stats: &[PeerStats]) -> Vec<PeerStatus> {
-        stats
-            .iter()
-            .map(|peer| PeerStatus {
-                peer: self.of(peer.public_key),
-                rx_bytes: peer.rx_bytes,
-                tx_bytes: peer.tx_bytes,
-                last_handshake: peer.last_handshake,
-            })
-            .collect()
+    /// The connection goes on under another key.
+    pub(super) fn inherit(&mut self, old: &PublicKey, new: PublicKey) -> Option<u64> {
+        let number = self.of.remove(old)?;
+        self.of.insert(new, number);
+        Some(number)
+    }
+
+    pub(super) fn forget(&mut self, key: &PublicKey) -> Option<u64> {
+        self.of.remove(key)
     }
 }

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 use super::{Error, random};
 
 /// Largest file read, in bytes; ours are far smaller.
-const MAX_FILE_BYTES: u64 = 256 * 1024;
+const MAX_FILE_BYTES: u64 = 4 << 20;
 const TEMPORARY: &str = ".new";
 
 /// One directory of files.

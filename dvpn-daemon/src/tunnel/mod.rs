@@ -73,7 +73,7 @@ pub struct PeerStats {
     pub public_key: PublicKey,
     /// Where its last authenticated packet came from.
     pub endpoint: Option<SocketAddr>,
-    /// Age of the last handshake.
+    /// Age of the last handshake. One that the peer began counts from its first transport packet on.
     pub last_handshake: Option<Duration>,
     /// Bytes received from it.
     pub rx_bytes: u64,

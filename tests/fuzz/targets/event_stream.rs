@@ -51,6 +51,7 @@ fuzz_target!(|data: &[u8]| {
             PoolEvent::Snapshot(snapshot) => reads_again(snapshot),
             PoolEvent::Added(added) => reads_again(added),
             PoolEvent::Removed(removed) => reads_again(removed),
+            PoolEvent::Released(released) => reads_again(released),
         });
     }
 });

@@ -1,18 +1,20 @@
 //! A transaction: the kernel applies all of it or nothing (`nfnetlink_rcv_batch`).
 
+use std::time::Duration;
+
 use netlink_packet_core::{
     DefaultNla, Emitable as _, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     nftables::{
-        ChainAttribute, ChainMessage, Hook, InetHookNumber, NfTablesMessage, RuleAttribute, RuleMessage,
-        TableAttribute, TableFlags, TableMessage,
+        ChainAttribute, ChainMessage, Hook, InetHookNumber, NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute,
+        SetMessage, TableAttribute, TableFlags, TableMessage,
     },
     none::ControlMessage,
 };
 
-use super::expr::{Rule, be32, nul_terminated};
+use super::expr::{Family, Rule, be32, nested, nul_terminated};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFTA_OBJ_TABLE: u16 = 1;
@@ -21,6 +23,18 @@ const NFTA_OBJ_TYPE: u16 = 3;
 const NFTA_OBJ_DATA: u16 = 4;
 const NLA_F_NESTED: u16 = 1 << 15;
 const OBJECT_COUNTER: u32 = 1;
+const NFTA_SET_TABLE: u16 = 1;
+const NFTA_SET_NAME: u16 = 2;
+const NFTA_SET_FLAGS: u16 = 3;
+const NFTA_SET_KEY_TYPE: u16 = 4;
+const NFTA_SET_KEY_LEN: u16 = 5;
+const NFTA_SET_DESC: u16 = 9;
+const NFTA_SET_ID: u16 = 10;
+const NFTA_SET_TIMEOUT: u16 = 11;
+const NFTA_SET_DESC_SIZE: u16 = 1;
+const SET_TIMEOUT: u32 = 0x10;
+/// Rules may add elements (`NFT_SET_EVAL`).
+const SET_DYNAMIC: u32 = 0x20;
 const NF_ACCEPT: u32 = 1;
 
 /// Where a base chain is attached.
@@ -57,6 +71,20 @@ impl Attach {
 pub(crate) struct Batch {
     table: String,
     operations: Vec<(u16, NfTablesMessage)>,
+    sets: u32,
+}
+
+/// A set of addresses that rules fill, each address with a state of its own: a limit, a count, a counter.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AddressSet {
+    /// Its name.
+    pub(crate) name: &'static str,
+    /// Whose addresses.
+    pub(crate) family: Family,
+    /// An address that was not seen for this long is forgotten; nothing leaves that to the state itself.
+    pub(crate) forget_after: Option<Duration>,
+    /// Most addresses; rules do not match for further ones.
+    pub(crate) size: u32,
 }
 
 impl Batch {
@@ -65,6 +93,7 @@ impl Batch {
         Self {
             table: table.to_owned(),
             operations: Vec::new(),
+            sets: 0,
         }
     }
 
@@ -122,6 +151,32 @@ impl Batch {
                 DefaultNla::new(NFTA_OBJ_DATA | NLA_F_NESTED, Vec::new()),
             ]),
         );
+    }
+
+    /// Makes an empty set.
+    pub(crate) fn set(&mut self, set: &AddressSet) {
+        self.sets += 1;
+        // The types are nft(8)'s numbers for ipv4_addr and ipv6_addr; the kernel only hands them back.
+        let (kind, bytes) = match set.family {
+            Family::V4 => (7, 4),
+            Family::V6 => (8, 16),
+        };
+        let timeout = set
+            .forget_after
+            .map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
+        let flags = SET_DYNAMIC | if timeout.is_some() { SET_TIMEOUT } else { 0 };
+        let mut attributes = vec![
+            DefaultNla::new(NFTA_SET_TABLE, nul_terminated(&self.table)),
+            DefaultNla::new(NFTA_SET_NAME, nul_terminated(set.name)),
+            be32(NFTA_SET_FLAGS, flags),
+            be32(NFTA_SET_KEY_TYPE, kind),
+            be32(NFTA_SET_KEY_LEN, bytes),
+            be32(NFTA_SET_ID, self.sets),
+            nested(NFTA_SET_DESC, &[be32(NFTA_SET_DESC_SIZE, set.size)]),
+        ];
+        attributes.extend(timeout.map(|ms| DefaultNla::new(NFTA_SET_TIMEOUT, ms.to_be_bytes().to_vec())));
+        let attributes = attributes.into_iter().map(SetAttribute::Other).collect();
+        self.push(NLM_F_CREATE, NfTablesMessage::NewSet(SetMessage { attributes }));
     }
 
     /// Appends a rule to a chain.

@@ -6,11 +6,13 @@
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use netlink_packet_core::DefaultNla;
+use netlink_packet_core::{DefaultNla, Emitable as _, NLA_F_NESTED};
 use netlink_packet_netfilter::nftables::{
     Bitwise, Cmp, DataAttribute, Expressions, Immediate, Meta, MetaKey, Operator, Payload, Register, Verdict,
     VerdictAttribute,
 };
+
+use super::batch::AddressSet;
 
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
@@ -19,6 +21,18 @@ const PAYLOAD_TRANSPORT: u32 = 2;
 const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
 const CT_STATE: u32 = 0;
+const CT_STATUS: u32 = 2;
+const CT_ZONE: u32 = 17;
+const CT_ORIGINAL: u8 = 0;
+/// `NF_CT_STATE_INVALID_BIT`
+const INVALID: u32 = 1;
+/// `IPS_CONFIRMED`: a packet of this connection was let through before.
+const CONFIRMED: u32 = 1 << 3;
+const DYNSET_ADD: u32 = 0;
+const DYNSET_UPDATE: u32 = 1;
+const LIMIT_PACKETS: u32 = 0;
+/// Matches above the limit and not below it (`NFT_LIMIT_F_INV`, `NFT_CONNLIMIT_F_INV`).
+const ABOVE: u32 = 1;
 /// `NF_CT_STATE_BIT(IP_CT_ESTABLISHED) | NF_CT_STATE_BIT(IP_CT_RELATED)`
 const ESTABLISHED_OR_RELATED: u32 = 0b110;
 const OBJECT_COUNTER: u32 = 1;
@@ -129,11 +143,68 @@ impl Rule {
             .compare(Operator::Equal, vec![kind])
     }
     /// Only packets of a connection that was let through before, or that report about one.
-    pub(crate) fn established(mut self) -> Self {
-        self.expressions
-            .push(other("ct", vec![be32(1, Register::Reg1.into()), be32(2, CT_STATE)]));
-        self.mask(&ESTABLISHED_OR_RELATED.to_ne_bytes())
+    pub(crate) fn established(self) -> Self {
+        self.connection(CT_STATE)
+            .mask(&ESTABLISHED_OR_RELATED.to_ne_bytes())
             .compare(Operator::NotEqual, vec![0; 4])
+    }
+    /// Only packets that connection tracking can make nothing of: they would leave untranslated.
+    pub(crate) fn invalid(self) -> Self {
+        self.connection(CT_STATE)
+            .mask(&INVALID.to_ne_bytes())
+            .compare(Operator::NotEqual, vec![0; 4])
+    }
+    /// Only the first packet of a connection. A "new" connection is one until it is answered, this only until it is
+    /// let through.
+    pub(crate) fn first_of_connection(self) -> Self {
+        self.connection(CT_STATUS)
+            .mask(&CONFIRMED.to_ne_bytes())
+            .compare(Operator::Equal, vec![0; 4])
+    }
+    /// Keeps the connections that begin here apart from all others, in this zone. Only their own direction: answers
+    /// come to an address of this machine, where they are told apart by their ports.
+    pub(crate) fn zone(mut self, zone: u16) -> Self {
+        self.expressions.push(Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Reg1),
+            Immediate::Data(DataAttribute::Value(zone.to_ne_bytes().to_vec())),
+        ]));
+        let attributes = vec![
+            be32(2, CT_ZONE),
+            DefaultNla::new(3, vec![CT_ORIGINAL]),
+            be32(4, Register::Reg1.into()),
+        ];
+        self.expressions.push(other("ct", attributes));
+        self
+    }
+    /// Only when the packet's source has begun more connections a second than this, for each source by itself.
+    pub(crate) fn source_faster_than(self, set: &AddressSet, per_second: u64, burst: u32) -> Self {
+        let limit = [
+            DefaultNla::new(1, per_second.to_be_bytes().to_vec()),
+            DefaultNla::new(2, 1_u64.to_be_bytes().to_vec()),
+            be32(3, burst),
+            be32(4, LIMIT_PACKETS),
+            be32(5, ABOVE),
+        ];
+        self.each(Side::Source, set, DYNSET_UPDATE, "limit", &limit)
+    }
+    /// Only when the packet's source has more open connections than this.
+    pub(crate) fn source_with_more_than(self, set: &AddressSet, connections: u32) -> Self {
+        let limit = [be32(1, connections), be32(2, ABOVE)];
+        self.each(Side::Source, set, DYNSET_ADD, "connlimit", &limit)
+    }
+    /// Counts packets and bytes of each source.
+    pub(crate) fn count_source(self, set: &AddressSet) -> Self {
+        self.each(Side::Source, set, DYNSET_UPDATE, "counter", &COUNT_FROM_ZERO.map(zero))
+    }
+    /// Counts packets and bytes of each destination.
+    pub(crate) fn count_destination(self, set: &AddressSet) -> Self {
+        self.each(
+            Side::Destination,
+            set,
+            DYNSET_UPDATE,
+            "counter",
+            &COUNT_FROM_ZERO.map(zero),
+        )
     }
 
     /// Counts the packet on the table's counter of that name.
@@ -150,6 +221,13 @@ impl Rule {
     /// Discards it.
     pub(crate) fn drop(self) -> Self {
         self.verdict(vec![VerdictAttribute::Code(Verdict::Other(NF_DROP))])
+    }
+    /// Goes through another chain and comes back.
+    pub(crate) fn jump(self, chain: &str) -> Self {
+        self.verdict(vec![
+            VerdictAttribute::Code(Verdict::Jump),
+            VerdictAttribute::Chain(chain.to_owned()),
+        ])
     }
     /// Goes on in another chain and does not come back.
     pub(crate) fn goto(self, chain: &str) -> Self {
@@ -185,19 +263,43 @@ impl Rule {
 
     fn address(self, side: Side, network: &IpNetwork) -> Self {
         let (address, mask) = (bytes(network.network()), bytes(network.mask()));
-        let offset = match (network, side) {
-            (IpNetwork::V4(_), Side::Source) => 12,
-            (IpNetwork::V4(_), Side::Destination) => 16,
-            (IpNetwork::V6(_), Side::Source) => 8,
-            (IpNetwork::V6(_), Side::Destination) => 24,
-        };
-        let loaded = self.load(PAYLOAD_NETWORK, offset, u32::try_from(address.len()).unwrap_or(16));
+        let loaded = self.load_address(side, Family::of(network));
         let masked = if mask.iter().all(|byte| *byte == 0xff) {
             loaded
         } else {
             loaded.mask(&mask)
         };
         masked.compare(Operator::Equal, address)
+    }
+
+    fn load_address(self, side: Side, family: Family) -> Self {
+        let (offset, length) = match (family, side) {
+            (Family::V4, Side::Source) => (12, 4),
+            (Family::V4, Side::Destination) => (16, 4),
+            (Family::V6, Side::Source) => (8, 16),
+            (Family::V6, Side::Destination) => (24, 16),
+        };
+        self.load(PAYLOAD_NETWORK, offset, length)
+    }
+
+    /// Runs an expression with the state that the packet's address has in the set.
+    fn each(self, side: Side, set: &AddressSet, operation: u32, name: &str, state: &[DefaultNla]) -> Self {
+        let mut rule = self.family(set.family).load_address(side, set.family);
+        let expression = [DefaultNla::new(1, nul_terminated(name)), nested(2, state)];
+        let attributes = vec![
+            DefaultNla::new(1, nul_terminated(set.name)),
+            be32(3, operation),
+            be32(4, Register::Reg1.into()),
+            nested(7, &expression),
+        ];
+        rule.expressions.push(other("dynset", attributes));
+        rule
+    }
+
+    fn connection(mut self, key: u32) -> Self {
+        let attributes = vec![be32(1, Register::Reg1.into()), be32(2, key)];
+        self.expressions.push(other("ct", attributes));
+        self
     }
 
     fn meta(mut self, key: MetaKey) -> Self {
@@ -259,6 +361,19 @@ fn other(name: &str, attributes: Vec<DefaultNla>) -> Expressions {
         expression_type: name.to_owned(),
         attributes,
     }
+}
+
+/// Attributes of a counter: bytes and packets.
+const COUNT_FROM_ZERO: [u16; 2] = [1, 2];
+
+fn zero(kind: u16) -> DefaultNla {
+    DefaultNla::new(kind, vec![0; 8])
+}
+
+pub(super) fn nested(kind: u16, attributes: &[DefaultNla]) -> DefaultNla {
+    let mut value = vec![0; attributes.buffer_len()];
+    attributes.emit(&mut value);
+    DefaultNla::new(kind | NLA_F_NESTED, value)
 }
 
 pub(super) fn be32(kind: u16, value: u32) -> DefaultNla {

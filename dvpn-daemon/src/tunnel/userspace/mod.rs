@@ -7,6 +7,7 @@
 //! With [`TunnelConfig::offload`] both edges move up to 64 KB at a time: the kernel hands over and takes TCP
 //! super-packets, and UDP datagrams of one peer go out and come in as one message.
 
+mod confirm;
 mod handover;
 mod headers;
 mod join;
@@ -16,7 +17,12 @@ mod split;
 mod tun;
 mod udp;
 
-use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    pin::pin,
+    sync::{Arc, Mutex as StdMutex, PoisonError},
+    time::Duration,
+};
 
 use dvpn_common::keys::{PrivateKey, PublicKey};
 use futures::future::BoxFuture;
@@ -84,6 +90,9 @@ pub struct UserspaceTunnel {
     peers: Mutex<HashMap<PublicKey, PeerConfig>>,
     death: Death,
     died: watch::Receiver<Option<String>>,
+    answers: confirm::Answers,
+    /// Peers with a completed handshake behind them: a later one that is not complete yet takes nothing back.
+    met: StdMutex<HashSet<PublicKey>>,
     /// Resolves when the last user of the TUN has closed it.
     closed: oneshot::Receiver<()>,
     _link: AbortOnDropHandle<()>,
@@ -117,12 +126,14 @@ impl UserspaceTunnel {
                 interface: interface.clone(),
                 source,
             })?;
+        let answers = confirm::Answers::default();
         let turn = watch::Sender::new(FIRST);
         let outside = Outside {
             interface: &interface,
             fwmark,
             offload,
             death: &death,
+            answers: &answers,
         };
         let reads = tun::Turn::new(FIRST, turn.subscribe(), None);
         let inside = (Arc::clone(&tun), mtu_seen.clone(), reads, None);
@@ -141,6 +152,8 @@ impl UserspaceTunnel {
             peers: Mutex::default(),
             death,
             died,
+            answers,
+            met: StdMutex::default(),
             closed,
             _link: link,
         };
@@ -161,6 +174,7 @@ impl UserspaceTunnel {
             fwmark: self.fwmark,
             offload: self.offload,
             death: &self.death,
+            answers: &self.answers,
         };
         let inside = (Arc::clone(&self.tun), self.mtu.clone(), turn, watched);
         engine(private_key, listen_port, inside, &outside).await
@@ -205,6 +219,7 @@ impl UserspaceTunnel {
             .await
             .map_err(|error| stopped(&self.interface, self.listen_port, error))?;
         known.remove(&peer);
+        self.met.lock().unwrap_or_else(PoisonError::into_inner).remove(&peer);
         Ok(())
     }
 
@@ -292,14 +307,24 @@ impl UserspaceTunnel {
             same.fold((0, 0), |(rx, tx), (_, more_rx, more_tx)| (rx + more_rx, tx + more_tx))
         };
         let seen = current.peers().await;
+        let mut met = self.met.lock().unwrap_or_else(PoisonError::into_inner);
         seen.into_iter()
             .filter_map(|peer| {
                 let public_key = PublicKey::from_bytes(*peer.peer.public_key.as_bytes()).ok()?;
+                let endpoint = peer.peer.endpoint;
+                let complete = |_: &Duration| {
+                    let complete =
+                        met.contains(&public_key) || !endpoint.is_some_and(|address| self.answers.open_to(address));
+                    if complete {
+                        met.insert(public_key);
+                    }
+                    complete
+                };
                 let (rx_bytes, tx_bytes) = before(&public_key);
                 Some(PeerStats {
                     public_key,
-                    endpoint: peer.peer.endpoint,
-                    last_handshake: peer.stats.last_handshake,
+                    endpoint,
+                    last_handshake: peer.stats.last_handshake.filter(complete),
                     rx_bytes: rx_bytes + peer.stats.rx_bytes as u64,
                     tx_bytes: tx_bytes + peer.stats.tx_bytes as u64,
                 })
@@ -370,6 +395,7 @@ struct Outside<'a> {
     fwmark: u32,
     offload: bool,
     death: &'a Death,
+    answers: &'a confirm::Answers,
 }
 
 type Inside = (
@@ -389,7 +415,11 @@ async fn engine(
     let death = outside.death;
     let failed = |error| stopped(outside.interface, listen_port, error);
     let device = DeviceBuilder::new()
-        .with_udp(udp::Factory::new(outside.offload, death.clone()))
+        .with_udp(udp::Factory::new(
+            outside.offload,
+            death.clone(),
+            outside.answers.clone(),
+        ))
         .with_ip_pair(
             tun::TunWriter::spawn(Arc::clone(&tun), watched, death.clone()),
             tun::TunReader::new(tun, turn, mtu, death.clone()),

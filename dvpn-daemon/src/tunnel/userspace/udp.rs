@@ -27,7 +27,7 @@ use nix::{
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{io::Interest, net::UdpSocket};
 
-use super::Death;
+use super::{Death, confirm::Answers};
 
 /// Asked of the kernel for each direction, as the kernel's and Go's WireGuard do.
 const SOCKET_BUFFER_BYTES: usize = 7 << 20;
@@ -49,14 +49,16 @@ const ERROR_PAUSE: Duration = Duration::from_millis(20);
 pub(super) struct Factory {
     offload: bool,
     death: Death,
+    answers: Answers,
     previous: Weak<UdpSocket>,
 }
 
 impl Factory {
-    pub(super) fn new(offload: bool, death: Death) -> Self {
+    pub(super) fn new(offload: bool, death: Death, answers: Answers) -> Self {
         Self {
             offload,
             death,
+            answers,
             previous: Weak::new(),
         }
     }
@@ -92,12 +94,14 @@ impl UdpTransportFactory for Factory {
         let sender = Sender {
             socket: Arc::clone(&socket),
             largest_segment: Arc::new(AtomicUsize::new(limit)),
+            answers: self.answers.clone(),
         };
         Ok((
             sender,
             Receiver {
                 socket,
                 death: self.death.clone(),
+                answers: self.answers.clone(),
             },
         ))
     }
@@ -130,6 +134,7 @@ pub(super) struct Sender {
     socket: Arc<UdpSocket>,
     /// Longer datagrams go one by one. Shrinks when the kernel refuses to segment, until the next bind.
     largest_segment: Arc<AtomicUsize>,
+    answers: Answers,
 }
 
 impl Sender {
@@ -213,6 +218,7 @@ impl UdpSend for Sender {
     type SendManyBuf = ();
 
     async fn send_to(&self, packet: Packet, destination: SocketAddr) -> io::Result<()> {
+        self.answers.sent(&packet, destination);
         self.socket.send_to(&packet, destination).await.map(drop)
     }
 
@@ -224,6 +230,7 @@ impl UdpSend for Sender {
     async fn send_many_to(&self, (): &mut (), packets: &mut Vec<(Packet, SocketAddr)>) -> io::Result<()> {
         let mut result = Ok(());
         let mut rest = packets.as_slice();
+        rest.iter().for_each(|(packet, to)| self.answers.sent(packet, *to));
         while !rest.is_empty() {
             let count = run_length(rest, self.largest_segment.load(Ordering::Relaxed));
             let (run, after) = rest.split_at_checked(count).unwrap_or((rest, &[]));
@@ -258,6 +265,7 @@ impl UdpSend for Sender {
 pub(super) struct Receiver {
     socket: Arc<UdpSocket>,
     death: Death,
+    answers: Answers,
 }
 
 /// What [`Receiver`] reads into; the pages of a message that never comes are never touched.
@@ -275,7 +283,9 @@ impl UdpRecv for Receiver {
     async fn recv_from(&mut self, _pool: &mut PacketBufPool) -> io::Result<(Packet, SocketAddr)> {
         let mut bytes = vec![0; RECEIVE_BYTES];
         let (length, source) = self.socket.recv_from(&mut bytes).await?;
-        Ok((copied(bytes.get(..length).unwrap_or_default()), canonical(source)))
+        let datagram = bytes.get(..length).unwrap_or_default();
+        self.answers.received(datagram);
+        Ok((copied(datagram), canonical(source)))
     }
 
     async fn recv_many_from(
@@ -289,7 +299,10 @@ impl UdpRecv for Receiver {
                 receive(self.socket.as_raw_fd(), &mut buffer.0, packets).map_err(io::Error::from)
             });
             match received.await {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    packets.iter().for_each(|(packet, _)| self.answers.received(packet));
+                    return Ok(());
+                }
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {
                     self.death.report(format!("the WireGuard socket died: {error}"));
                     return Err(error);

@@ -83,6 +83,16 @@ impl Flow {
         self.came.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
+    /// The numbers that did not come, as ranges.
+    fn lost(&self) -> String {
+        let came = self.came.lock().unwrap_or_else(PoisonError::into_inner);
+        let lost: Vec<u32> = (0..PACKETS).filter(|number| !came.contains(number)).collect();
+        let ranges = lost.chunk_by(|a, b| a + 1 == *b);
+        ranges
+            .filter_map(|range| Some(format!("{}-{} ", range.first()?, range.last()?)))
+            .collect()
+    }
+
     /// Waits until every packet has come.
     fn is_whole(&self, name: &str) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(30);
@@ -93,7 +103,11 @@ impl Flow {
                 (before, changed) = (now, Instant::now());
             }
             if changed.elapsed() > SOON || Instant::now() > deadline {
-                bail!("{name}: {} of {PACKETS} packets were lost", PACKETS as usize - now);
+                bail!(
+                    "{name}: {} of {PACKETS} packets were lost: {}",
+                    PACKETS as usize - now,
+                    self.lost()
+                );
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -193,7 +207,12 @@ fn a_renewal_under_traffic_loses_no_packet_in_either_direction() -> Result<()> {
     let tunnel = Arc::clone(&pair.tunnels[0]);
     let before = pair.sides[0].run(async move { tunnel.listen_port().await })??;
     let tunnel = Arc::clone(&pair.tunnels[0]);
-    pair.sides[0].run(async move { tunnel.renew(renewal()).await })??;
+    let sent_before = flows[0].came();
+    let took = pair.sides[0].run(async move {
+        let started = Instant::now();
+        tunnel.renew(renewal()).await.map(|()| started.elapsed())
+    })??;
+    println!("renewed in {took:?} after {sent_before} packets");
     moved.recv_timeout(SOON)??;
     ensure!(
         flows[0].came() < PACKETS as usize,

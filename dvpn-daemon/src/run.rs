@@ -248,11 +248,16 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let (reload_sender, reload) = mpsc::channel(1);
     tokio::spawn(reload_on_hangup(arguments, reload_sender, audit.clone()));
     payments.resume(commands).await;
-    let node = start_node(&config, &state, &host, &client, &audit, drain.subscribe(), node_view).await;
-    if let Some(node) = &node {
-        // Set once: there is one node in a daemon's life.
-        provider_seen.get_or_init(|| node.status.clone());
-    }
+    let node = start_node(
+        &config,
+        &state,
+        &host,
+        &client,
+        &audit,
+        drain.subscribe(),
+        (node_view, &provider_seen),
+    )
+    .await;
     let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
     let restored = restore(&state, &config).await;
     let parts = Parts {
@@ -311,7 +316,10 @@ async fn start_node(
     client: &http::Client,
     audit: &Audit,
     drained: watch::Receiver<bool>,
-    view: watch::Sender<Option<NodeStatus>>,
+    (view, seen): (
+        watch::Sender<Option<NodeStatus>>,
+        &OnceLock<watch::Receiver<ProviderStatus>>,
+    ),
 ) -> Option<Node> {
     // Also what an earlier run left that was killed, or whose owner has changed their mind since.
     if let Err(error) = host.provider_down().await {
@@ -325,6 +333,8 @@ async fn start_node(
     }
     match Node::start(config, state, host, client, audit, drained).await {
         Ok(node) => {
+            // Set once: there is one node in a daemon's life.
+            drop(seen.set(node.status.clone()));
             tokio::spawn(node::show(node.id.clone(), node.status.clone(), view));
             Some(node)
         }

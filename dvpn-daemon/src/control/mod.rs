@@ -162,7 +162,7 @@ impl Control {
     pub fn status_json(&self, caller: Caller) -> Result<String, Error> {
         self.authorize(caller, "status")?;
         let mut status = self.status.borrow().clone();
-        status.node = self.provider.status.borrow().clone();
+        status.node.clone_from(&self.provider.status.borrow());
         serde_json::to_string(&status).map_err(|error| Error::Argument(error.to_string()))
     }
 

@@ -191,8 +191,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), &config);
 
     let views = Views::new(&config);
-    let drain = watch::Sender::new(false);
-    let (node_view, node_seen) = watch::channel(None);
+    let (side, node_view) = control::Provider::none_yet();
     let (commands, orders) = mpsc::channel(16);
     let own_uid = nix::unistd::geteuid().as_raw();
     let control = Control::new(
@@ -201,10 +200,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         tail,
         audit.clone(),
         payments.clone(),
-        control::Provider {
-            status: node_seen.clone(),
-            drain: drain.clone(),
-        },
+        side.clone(),
         own_uid,
     );
     let counters = Arc::new(Mutex::new(None));
@@ -219,7 +215,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         page_listener,
         config.control.token.clone(),
         views.status(),
-        node_seen,
+        side.status,
         metrics.clone(),
         refresh,
     ));
@@ -235,13 +231,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         proxy_metrics,
         proxy_end.clone(),
     ));
-    let bus = match control::dbus::serve(control).await {
-        Ok(bus) => Some(bus),
-        Err(error) => {
-            tracing::warn!("no D-Bus control ({error}): start and stop by the stored wish only");
-            None
-        }
-    };
+    let bus = join_bus(control).await;
     notify("READY=1\nSTATUS=running");
 
     let network = watch_network(&host).await;
@@ -254,7 +244,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         &host,
         &client,
         &audit,
-        drain.subscribe(),
+        side.drain.subscribe(),
         (node_view, &provider_seen),
     )
     .await;
@@ -289,6 +279,17 @@ fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
         .try_fill_bytes(&mut bytes)
         .map_err(|error| anyhow!("the operating system gives no random numbers: {error}"))?;
     Ok(bytes)
+}
+
+/// A container has no bus: that is logged once, and the daemon goes on.
+async fn join_bus(control: Control) -> Option<zbus::Connection> {
+    match control::dbus::serve(control).await {
+        Ok(bus) => Some(bus),
+        Err(error) => {
+            tracing::warn!("no D-Bus control ({error}): start and stop by the stored wish only");
+            None
+        }
+    }
 }
 
 /// Leaves the bus once the reply to `Exit` has been sent.

@@ -84,6 +84,15 @@ pub struct Provider {
     pub drain: watch::Sender<bool>,
 }
 
+impl Provider {
+    /// No provider yet, and where one is shown once there is.
+    pub fn none_yet() -> (Self, watch::Sender<Option<NodeStatus>>) {
+        let (view, status) = watch::channel(None);
+        let drain = watch::Sender::new(false);
+        (Self { status, drain }, view)
+    }
+}
+
 impl Control {
     /// Makes the handle; `own_uid` is the user the daemon runs as, who may control it like root.
     pub fn new(

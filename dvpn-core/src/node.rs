@@ -223,50 +223,53 @@ mod tests {
         text.parse().unwrap()
     }
 
+    /// Schedule | cap | drained | used | cap seen reached | now | admission. The day is 2026-11-22, or the next from +.
+    const TABLE: &str = "
+                             |  0 | no  | 99 |          | 12:00:00  | open
+                             |  0 | yes |  0 |          | 12:00:00  | draining: drained by its owner
+                             | 10 | no  |  9 |          | 12:00:00  | open
+                             | 10 | no  | 10 | 12:00:00 | 12:00:00  | draining: the month's volume (NODE_MONTHLY_CAP_GB) is used up
+                             | 10 | no  | 10 | 12:00:00 | 12:04:59  | draining: the month's volume (NODE_MONTHLY_CAP_GB) is used up
+                             | 10 | no  | 10 | 12:00:00 | 12:05:00  | closed: the month's volume (NODE_MONTHLY_CAP_GB) is used up
+                             | 10 | no  | 11 |          | 12:00:00  | closed: the month's volume (NODE_MONTHLY_CAP_GB) is used up
+        22:00-06:00          |  0 | no  |  0 |          | 21:59:59  | closed: outside its hours (NODE_SCHEDULE)
+        22:00-06:00          |  0 | no  |  0 |          | 22:00:00  | open
+        22:00-06:00          |  0 | no  |  0 |          | +05:59:59 | open
+        22:00-06:00          |  0 | no  |  0 |          | +06:00:00 | draining: outside its hours (NODE_SCHEDULE)
+        22:00-06:00          |  0 | no  |  0 |          | +06:04:59 | draining: outside its hours (NODE_SCHEDULE)
+        22:00-06:00          |  0 | no  |  0 |          | +06:05:00 | closed: outside its hours (NODE_SCHEDULE)
+        22:00-06:00          |  0 | yes |  0 |          | +06:05:00 | closed: outside its hours (NODE_SCHEDULE)
+        22:00-06:00          | 10 | yes | 10 | 12:00:00 | 12:01:00  | closed: outside its hours (NODE_SCHEDULE)
+        22:00-06:00          |  0 | yes |  0 |          | 23:00:00  | draining: drained by its owner
+        01:00-02:00, 23:30-24:00 | 0 | no | 0 |         | +00:02:00 | draining: outside its hours (NODE_SCHEDULE)
+        01:00-02:00, 23:30-24:00 | 0 | no | 0 |         | +00:59:00 | closed: outside its hours (NODE_SCHEDULE)
+        01:00-02:00, 23:30-24:00 | 0 | no | 0 |         | +01:59:00 | open";
+
     #[test]
     fn what_the_owner_allows_decides_who_is_taken() {
-        let night = "22:00-06:00";
-        let reached = Some(at("2026-11-22T12:00:00Z"));
-        #[rustfmt::skip]
-        let table: &[(&str, u64, bool, u64, Option<Timestamp>, &str, &str)] = &[
-            // schedule, cap, drained, used, cap seen, now, admission
-            ("",    0,  false, u64::MAX, None, "2026-11-22T12:00:00Z", "open"),
-            ("",    0,  true,  0,   None,    "2026-11-22T12:00:00Z", "draining: drained by its owner"),
-            ("",    10, false, 9,   None,    "2026-11-22T12:00:00Z", "open"),
-            ("",    10, false, 10,  reached, "2026-11-22T12:00:00Z", "draining: the month's volume (NODE_MONTHLY_CAP_GB) is used up"),
-            ("",    10, false, 10,  reached, "2026-11-22T12:04:59Z", "draining: the month's volume (NODE_MONTHLY_CAP_GB) is used up"),
-            ("",    10, false, 10,  reached, "2026-11-22T12:05:00Z", "closed: the month's volume (NODE_MONTHLY_CAP_GB) is used up"),
-            // Found used up at the start: whoever was there has been told before.
-            ("",    10, false, 11,  None,    "2026-11-22T12:00:00Z", "closed: the month's volume (NODE_MONTHLY_CAP_GB) is used up"),
-            (night, 0,  false, 0,   None,    "2026-11-22T21:59:59Z", "closed: outside its hours (NODE_SCHEDULE)"),
-            (night, 0,  false, 0,   None,    "2026-11-22T22:00:00Z", "open"),
-            (night, 0,  false, 0,   None,    "2026-11-23T05:59:59Z", "open"),
-            (night, 0,  false, 0,   None,    "2026-11-23T06:00:00Z", "draining: outside its hours (NODE_SCHEDULE)"),
-            (night, 0,  false, 0,   None,    "2026-11-23T06:04:59Z", "draining: outside its hours (NODE_SCHEDULE)"),
-            (night, 0,  false, 0,   None,    "2026-11-23T06:05:00Z", "closed: outside its hours (NODE_SCHEDULE)"),
-            (night, 0,  true,  0,   None,    "2026-11-23T06:05:00Z", "closed: outside its hours (NODE_SCHEDULE)"),
-            (night, 10, true,  10,  reached, "2026-11-22T12:01:00Z", "closed: outside its hours (NODE_SCHEDULE)"),
-            (night, 0,  true,  0,   None,    "2026-11-22T23:00:00Z", "draining: drained by its owner"),
-            ("01:00-02:00, 23:30-24:00", 0, false, 0, None, "2026-11-23T00:02:00Z", "draining: outside its hours (NODE_SCHEDULE)"),
-            ("01:00-02:00, 23:30-24:00", 0, false, 0, None, "2026-11-23T00:59:00Z", "closed: outside its hours (NODE_SCHEDULE)"),
-            ("01:00-02:00, 23:30-24:00", 0, false, 0, None, "2026-11-23T01:59:00Z", "open"),
-        ];
-        for (schedule, cap, drained, used, cap_reached, now, wanted) in table {
+        let time = |text: &str| match text.strip_prefix('+') {
+            Some(tomorrow) => at(&format!("2026-11-23T{tomorrow}Z")),
+            None => at(&format!("2026-11-22T{text}Z")),
+        };
+        let mut rows = 0;
+        for line in TABLE.lines().filter(|line| !line.is_empty()) {
+            let columns: Vec<&str> = line.split('|').map(str::trim).collect();
+            let [schedule, cap, drained, used, seen, now, wanted] = columns[..] else {
+                panic!("seven columns: {line}")
+            };
             let rules = Rules {
-                monthly_cap_bytes: *cap,
+                monthly_cap_bytes: cap.parse().unwrap(),
                 schedule: schedule.parse().unwrap(),
             };
             let standing = Standing {
-                drained: *drained,
-                month_bytes: *used,
-                cap_reached: *cap_reached,
+                drained: drained == "yes",
+                month_bytes: used.parse().unwrap(),
+                cap_reached: (!seen.is_empty()).then(|| time(seen)),
             };
-            assert_eq!(
-                admission(&rules, &standing, at(now)).to_string(),
-                *wanted,
-                "{schedule} cap {cap} drained {drained} used {used} at {now}"
-            );
+            assert_eq!(admission(&rules, &standing, time(now)).to_string(), wanted, "{line}");
+            rows += 1;
         }
+        assert_eq!(rows, 19);
     }
 
     #[test]

@@ -191,8 +191,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
     let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), &config);
 
     let views = Views::new(&config);
-    let drain = watch::Sender::new(false);
-    let (node_view, node_seen) = watch::channel(None);
+    let (side, node_view) = control::Provider::none_yet();
     let (commands, orders) = mpsc::channel(16);
     let own_uid = nix::unistd::geteuid().as_raw();
     let control = Control::new(
@@ -201,10 +200,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         tail,
         audit.clone(),
         payments.clone(),
-        control::Provider {
-            status: node_seen.clone(),
-            drain: drain.clone(),
-        },
+        side.clone(),
         own_uid,
     );
     let counters = Arc::new(Mutex::new(None));
@@ -219,7 +215,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         page_listener,
         config.control.token.clone(),
         views.status(),
-        node_seen,
+        side.status,
         metrics.clone(),
         refresh,
     ));
@@ -235,24 +231,23 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         proxy_metrics,
         proxy_end.clone(),
     ));
-    let bus = match control::dbus::serve(control).await {
-        Ok(bus) => Some(bus),
-        Err(error) => {
-            tracing::warn!("no D-Bus control ({error}): start and stop by the stored wish only");
-            None
-        }
-    };
+    let bus = join_bus(control).await;
     notify("READY=1\nSTATUS=running");
 
     let network = watch_network(&host).await;
     let (reload_sender, reload) = mpsc::channel(1);
     tokio::spawn(reload_on_hangup(arguments, reload_sender, audit.clone()));
     payments.resume(commands).await;
-    let node = start_node(&config, &state, &host, &client, &audit, drain.subscribe(), node_view).await;
-    if let Some(node) = &node {
-        // Set once: there is one node in a daemon's life.
-        provider_seen.get_or_init(|| node.status.clone());
-    }
+    let node = start_node(
+        &config,
+        &state,
+        &host,
+        &client,
+        &audit,
+        side.drain.subscribe(),
+        (node_view, &provider_seen),
+    )
+    .await;
     let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
     let restored = restore(&state, &config).await;
     let parts = Parts {
@@ -286,6 +281,17 @@ fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
     Ok(bytes)
 }
 
+/// A container has no bus: that is logged once, and the daemon goes on.
+async fn join_bus(control: Control) -> Option<zbus::Connection> {
+    match control::dbus::serve(control).await {
+        Ok(bus) => Some(bus),
+        Err(error) => {
+            tracing::warn!("no D-Bus control ({error}): start and stop by the stored wish only");
+            None
+        }
+    }
+}
+
 /// Leaves the bus once the reply to `Exit` has been sent.
 async fn leave(bus: Option<zbus::Connection>) {
     if let Some(bus) = bus
@@ -311,7 +317,10 @@ async fn start_node(
     client: &http::Client,
     audit: &Audit,
     drained: watch::Receiver<bool>,
-    view: watch::Sender<Option<NodeStatus>>,
+    (view, seen): (
+        watch::Sender<Option<NodeStatus>>,
+        &OnceLock<watch::Receiver<ProviderStatus>>,
+    ),
 ) -> Option<Node> {
     // Also what an earlier run left that was killed, or whose owner has changed their mind since.
     if let Err(error) = host.provider_down().await {
@@ -325,6 +334,8 @@ async fn start_node(
     }
     match Node::start(config, state, host, client, audit, drained).await {
         Ok(node) => {
+            // Set once: there is one node in a daemon's life.
+            drop(seen.set(node.status.clone()));
             tokio::spawn(node::show(node.id.clone(), node.status.clone(), view));
             Some(node)
         }

@@ -210,9 +210,12 @@ impl Bed {
     }
 
     fn refusals(&self) -> Vec<String> {
-        let reason = |event| match event {
-            Event::PeerRefused { reason } => Some(reason),
-            _ => None,
+        let reason = |event| {
+            if let Event::PeerRefused { reason } = event {
+                Some(reason)
+            } else {
+                None
+            }
         };
         self.events().into_iter().filter_map(reason).collect()
     }
@@ -517,7 +520,7 @@ fn a_drained_node_tells_the_pool_keeps_its_clients_and_takes_no_new_ones() {
     let pool = bed.pool.clone();
     bed.told(async move {
         pool.registration(|request| !request.draining && request.max_peers == Some(4096))
-            .await
+            .await;
     });
     assert_eq!(bed.add(entry(&good(1, "10.96.0.2/32", 1))), None);
     running.drain.send_replace(true);

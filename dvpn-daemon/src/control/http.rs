@@ -159,7 +159,7 @@ async fn admit(State(pages): State<Pages>, request: Request, next: Next) -> Resp
 
 async fn health(State(pages): State<Pages>) -> Response {
     let mut status = pages.status.borrow().clone();
-    status.node = pages.node.borrow().clone();
+    status.node.clone_from(&pages.node.borrow());
     let code = if is_healthy(&status) {
         StatusCode::OK
     } else {

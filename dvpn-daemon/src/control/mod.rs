@@ -84,6 +84,15 @@ pub struct Provider {
     pub drain: watch::Sender<bool>,
 }
 
+impl Provider {
+    /// No provider yet, and where one is shown once there is.
+    pub fn none_yet() -> (Self, watch::Sender<Option<NodeStatus>>) {
+        let (view, status) = watch::channel(None);
+        let drain = watch::Sender::new(false);
+        (Self { status, drain }, view)
+    }
+}
+
 impl Control {
     /// Makes the handle; `own_uid` is the user the daemon runs as, who may control it like root.
     pub fn new(
@@ -162,7 +171,7 @@ impl Control {
     pub fn status_json(&self, caller: Caller) -> Result<String, Error> {
         self.authorize(caller, "status")?;
         let mut status = self.status.borrow().clone();
-        status.node = self.provider.status.borrow().clone();
+        status.node.clone_from(&self.provider.status.borrow());
         serde_json::to_string(&status).map_err(|error| Error::Argument(error.to_string()))
     }
 

@@ -242,7 +242,13 @@ fn rules(batch: &mut Batch, facts: &Facts<'_>) {
     batch.rule("allowed", Rule::new().accept());
     batch.rule("uplink", refuse(Rule::new(), refused::NOT_UPLINK));
 
-    // To and from this machine.
+    own_rules(batch, facts);
+}
+
+/// To and from this machine, and how clients leave it.
+fn own_rules(batch: &mut Batch, facts: &Facts<'_>) {
+    let interface = facts.interface;
+    let refuse = |rule: Rule, counter: &str| rule.count(counter).drop();
     batch.rule("input", Rule::new().input_is(interface).goto("to_gateway"));
     for network in facts.networks {
         let gateway = IpNetwork::from(network.ip());

@@ -216,7 +216,7 @@ impl<'a> Node<'a> {
                 _ = tick.tick() => {
                     self.decide(Timestamp::now());
                     self.reconcile().await?;
-                    self.report(echoes()).await?;
+                    self.report(echoes())?;
                 }
             }
         }
@@ -456,7 +456,7 @@ impl<'a> Node<'a> {
         }
     }
 
-    async fn report(&mut self, echoes: u64) -> Result<(), Error> {
+    fn report(&mut self, echoes: u64) -> Result<(), Error> {
         let refused = self.config.host.provider_counters().map_err(Error::Host)?;
         // An empty answer is a table that is not there. No peer without isolation: down, and up again with it.
         if !self.networks.is_empty() && refused.is_empty() {

@@ -150,9 +150,10 @@ impl Registration {
             });
             self.status.send_modify(|status| {
                 if status.verdict != verdict {
-                    match &verdict {
-                        Some(problem) => tracing::warn!("{}: {}", problem.what, problem.how),
-                        None => tracing::info!("clients reach this node again"),
+                    if let Some(problem) = &verdict {
+                        tracing::warn!("{}: {}", problem.what, problem.how);
+                    } else {
+                        tracing::info!("clients reach this node again");
                     }
                 }
                 status.registered = true;

@@ -211,7 +211,9 @@ impl Roster {
             .filter(|key| !named.contains(key))
             .copied()
             .collect();
-        gone.iter().for_each(|key| self.remove(key));
+        for key in &gone {
+            self.remove(key);
+        }
     }
 
     /// Removes a client; one that is not there is no error. Its addresses go to whoever renews it.
@@ -301,7 +303,9 @@ impl Roster {
             .filter(|client| client.waits_for.is_some() && self.handshakes.contains_key(&client.admitted.key))
             .map(|client| client.admitted.key)
             .collect();
-        completed.iter().for_each(|key| self.take_over(*key));
+        for key in &completed {
+            self.take_over(*key);
+        }
         !completed.is_empty()
     }
 

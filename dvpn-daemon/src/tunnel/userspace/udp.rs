@@ -230,7 +230,9 @@ impl UdpSend for Sender {
     async fn send_many_to(&self, (): &mut (), packets: &mut Vec<(Packet, SocketAddr)>) -> io::Result<()> {
         let mut result = Ok(());
         let mut rest = packets.as_slice();
-        rest.iter().for_each(|(packet, to)| self.answers.sent(packet, *to));
+        for (packet, to) in rest {
+            self.answers.sent(packet, *to);
+        }
         while !rest.is_empty() {
             let count = run_length(rest, self.largest_segment.load(Ordering::Relaxed));
             let (run, after) = rest.split_at_checked(count).unwrap_or((rest, &[]));
@@ -300,7 +302,9 @@ impl UdpRecv for Receiver {
             });
             match received.await {
                 Ok(()) => {
-                    packets.iter().for_each(|(packet, _)| self.answers.received(packet));
+                    for (packet, _) in packets.iter() {
+                        self.answers.received(packet);
+                    }
                     return Ok(());
                 }
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK)) => {

@@ -342,6 +342,46 @@ impl Watch {
                 self.open.insert((*attempt, Kind::Provisioned));
             }
             Action::Cancel(attempt) => self.open.retain(|(open, _)| open != attempt),
+            Action::ConfigureTunnel(..)
+            | Action::RenewTunnel(..)
+            | Action::Release(_)
+            | Action::ForceHandshake(_)
+            | Action::ProbeTunnel(_)
+            | Action::RebindTunnel(_)
+            | Action::TearDown(_) => self.check_tunnel_action(action, now)?,
+            Action::SetFirewall(policy) => {
+                let again = std::mem::take(&mut self.firewall_failed);
+                hold!(
+                    again || self.policy.as_ref() != Some(policy),
+                    "the firewall is told the same twice"
+                );
+                let blocks = self.config.lockdown || (self.config.kill_switch && self.wanted);
+                hold!(
+                    *policy != Policy::Open || !blocks,
+                    "the firewall opens though it has to block"
+                );
+                hold!(
+                    *policy != Policy::Open || self.acted,
+                    "the firewall is opened though nobody acted"
+                );
+                self.policy = Some(policy.clone());
+                self.acted = true;
+            }
+            Action::StoreWish(wish) => hold!(*wish == self.wanted, "the wrong wish is stored"),
+            Action::StoreSubscription(Some(subscription)) => {
+                hold!(
+                    self.subscriptions.contains(subscription),
+                    "a subscription is stored that nobody verified"
+                );
+            }
+            Action::StoreSubscription(None) | Action::StoreLastEndpoint(_) | Action::Audit(_) => {}
+        }
+        Ok(())
+    }
+
+    /// The tunnel and its keys.
+    fn check_tunnel_action(&mut self, action: &Action, now: Now) -> Result<(), Broken> {
+        match action {
             Action::ConfigureTunnel(attempt, approval) => {
                 self.number(*attempt, false)?;
                 self.check_approval(*attempt, approval, now)?;
@@ -386,32 +426,17 @@ impl Watch {
                     .retain(|(open, kind)| open != attempt && *kind != Kind::Renewed);
                 self.open.insert((*attempt, Kind::TornDown));
             }
-            Action::SetFirewall(policy) => {
-                let again = std::mem::take(&mut self.firewall_failed);
-                hold!(
-                    again || self.policy.as_ref() != Some(policy),
-                    "the firewall is told the same twice"
-                );
-                let blocks = self.config.lockdown || (self.config.kill_switch && self.wanted);
-                hold!(
-                    *policy != Policy::Open || !blocks,
-                    "the firewall opens though it has to block"
-                );
-                hold!(
-                    *policy != Policy::Open || self.acted,
-                    "the firewall is opened though nobody acted"
-                );
-                self.policy = Some(policy.clone());
-                self.acted = true;
-            }
-            Action::StoreWish(wish) => hold!(*wish == self.wanted, "the wrong wish is stored"),
-            Action::StoreSubscription(Some(subscription)) => {
-                hold!(
-                    self.subscriptions.contains(subscription),
-                    "a subscription is stored that nobody verified"
-                );
-            }
-            Action::StoreSubscription(None) | Action::StoreLastEndpoint(_) | Action::Audit(_) => {}
+            Action::Discover(_)
+            | Action::Probe(..)
+            | Action::Verify(..)
+            | Action::Approve(..)
+            | Action::Provision(..)
+            | Action::Cancel(_)
+            | Action::SetFirewall(_)
+            | Action::StoreWish(_)
+            | Action::StoreLastEndpoint(_)
+            | Action::StoreSubscription(_)
+            | Action::Audit(_) => {}
         }
         Ok(())
     }

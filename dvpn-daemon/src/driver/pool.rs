@@ -10,7 +10,7 @@ use std::{
 };
 
 use dvpn_common::{
-    contract::{ApproveRequest, ChallengeResponse, ReleaseRequest},
+    contract::{ApproveRequest, ReleaseRequest},
     keys::{PrivateKey, PublicKey, VerifyingKey},
 };
 use dvpn_core::{
@@ -53,24 +53,28 @@ pub(super) struct Known {
     releasing: tokio::sync::RwLock<()>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 enum Challenge {
     #[default]
     Unknown,
-    Known(ChallengeResponse),
+    Known(PublicKey, Timestamp),
     Absent(Instant),
 }
 
 impl Challenge {
-    /// The answer to whether there is a challenge, if it is known and still holds.
-    fn usable(&self) -> Option<Option<PublicKey>> {
+    /// Whether it still says what the pool would say.
+    fn holds(self) -> bool {
         match self {
-            Self::Unknown => None,
-            Self::Known(challenge) => {
-                let left = challenge.expires_at.duration_since(Timestamp::now());
-                (left > CHALLENGE_MARGIN).then_some(Some(challenge.public_key))
-            }
-            Self::Absent(since) => (since.elapsed() < ABSENT_FOR).then_some(None),
+            Self::Unknown => false,
+            Self::Known(_, end) => end.duration_since(Timestamp::now()) > CHALLENGE_MARGIN,
+            Self::Absent(since) => since.elapsed() < ABSENT_FOR,
+        }
+    }
+
+    fn key(self) -> Option<PublicKey> {
+        match self {
+            Self::Known(key, _) => Some(key),
+            Self::Unknown | Self::Absent(_) => None,
         }
     }
 }
@@ -107,16 +111,15 @@ impl Shared {
     /// it may have held a key.
     async fn record<'a>(&self, slot: &'a mut Option<PoolRecord>) -> Result<&'a mut PoolRecord, Failure> {
         let url = self.pool()?.url().to_string();
-        let record = match slot.take() {
-            Some(record) => record,
-            None => {
-                let stored = self.state.pool_record().await;
-                let stored = stored.map_err(|error| {
-                    let how = "restore the file, or remove it: then the pool's key is pinned anew";
-                    to_failure("reading what is known of the pool", &error, how, Retry::Backoff)
-                })?;
-                stored.unwrap_or_default().applied_to(&url, self.pool_key)
-            }
+        let record = if let Some(record) = slot.take() {
+            record
+        } else {
+            let stored = self.state.pool_record().await;
+            let stored = stored.map_err(|error| {
+                let how = "restore the file, or remove it: then the pool's key is pinned anew";
+                to_failure("reading what is known of the pool", &error, how, Retry::Backoff)
+            })?;
+            stored.unwrap_or_default().applied_to(&url, self.pool_key)
         };
         Ok(slot.insert(record))
     }
@@ -167,20 +170,14 @@ impl Shared {
     /// The pool's challenge, asked for unless a good one is held; nothing from a pool that has none. `fresh` asks anew.
     pub(super) async fn challenge(&self, fresh: bool) -> Result<Option<PublicKey>, Failure> {
         let mut held = self.known.challenge.lock().await;
-        if let (false, Some(answer)) = (fresh, held.usable()) {
-            return Ok(answer);
+        if fresh || !held.holds() {
+            let answer = self.pool()?.challenge().await?;
+            *held = answer.map_or_else(
+                || Challenge::Absent(Instant::now()),
+                |known| Challenge::Known(known.public_key, known.expires_at),
+            );
         }
-        Ok(match self.pool()?.challenge().await? {
-            Some(challenge) => {
-                let key = challenge.public_key;
-                *held = Challenge::Known(challenge);
-                Some(key)
-            }
-            None => {
-                *held = Challenge::Absent(Instant::now());
-                None
-            }
-        })
+        Ok(held.key())
     }
 
     pub(super) async fn approve(

@@ -235,7 +235,7 @@ mod tests {
         for _ in 0..16 {
             assert!(decoder.read(&pings).is_empty());
         }
-        let line = [b"data: ".as_slice(), &[b'x'; MAX_LIST_BYTES / 2], b"\n"].concat();
+        let line = [b"data: ".as_slice(), &vec![b'x'; MAX_LIST_BYTES / 2], b"\n"].concat();
         assert!(decoder.read(&line).is_empty());
         assert!(matches!(decoder.read(&line)[..], [Err(Error::TooLong)]));
     }

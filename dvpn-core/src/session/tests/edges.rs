@@ -145,9 +145,9 @@ fn tunnel_key(rig: &Rig) -> dvpn_common::keys::PublicKey {
 }
 
 fn released(rig: &Rig) -> Vec<dvpn_common::keys::PublicKey> {
-    let keys = rig.last.iter().filter_map(|action| match action {
-        Action::Release(release) => Some(release.client_key),
-        _ => None,
+    let keys = rig.last.iter().filter_map(|action| {
+        let Action::Release(release) = action else { return None };
+        Some(release.client_key)
     });
     keys.collect()
 }

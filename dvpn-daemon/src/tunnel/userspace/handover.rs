@@ -5,7 +5,7 @@
 //! handshake, and drops what the old key sends from then on. So:
 //!
 //! 1. the first engine stops reading: the kernel keeps what applications send;
-//! 2. what it has taken already gets the time of a round trip to arrive;
+//! 2. a ping goes after what it has taken already: its answer shows that all of that has arrived;
 //! 3. the second engine shakes hands, then pings the provider's own address inside the tunnel until something comes
 //!    back: the addresses have moved;
 //! 4. the second engine reads on. The first still writes what was on its way, for a little while.
@@ -24,23 +24,29 @@ use gotatun::{
     device::Device,
     packet::{Ip, Packet},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::MissedTickBehavior,
+};
 
 use super::{Error, Transports, UserspaceTunnel, link, ping::Ping, tun};
 use crate::tunnel::Renewal;
 
 /// Longest time from the pause to the second engine's reading; it is undone then.
 const LIMIT: Duration = Duration::from_secs(3);
-/// Longest time that what was sent gets to arrive, however long the round trip.
-const MAX_DRAIN: Duration = Duration::from_millis(250);
-/// The engine's own queues empty within this, however short the round trip.
-const MIN_DRAIN: Duration = Duration::from_millis(10);
-/// How long a handshake under the old key may take: it measures the round trip, and shows that the provider is there.
-const MEASURE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest time that what was sent gets to arrive: usually one round trip.
+const MAX_DRAIN: Duration = Duration::from_secs(1);
+/// How long what was sent to the old key is waited for afterwards, at least.
+const MIN_LINGER: Duration = Duration::from_millis(250);
+/// How long a handshake under the old key may take: without a provider nothing needs to pause.
+const REACH_TIMEOUT: Duration = Duration::from_secs(1);
 const PING_EVERY: Duration = Duration::from_millis(10);
 /// Packets that the kernel keeps meanwhile; 500 is its usual.
 const LONG_QUEUE: u32 = 4096;
 const USUAL_QUEUE: u32 = 500;
+
+/// Bytes received and sent, by peer.
+pub(super) type Counted = Vec<(PublicKey, u64, u64)>;
 
 /// The engines of one tunnel.
 pub(super) struct Engines {
@@ -52,7 +58,7 @@ struct Inner {
     /// Still receives what was sent to the old key.
     previous: Option<Arc<Device<Transports>>>,
     /// Bytes received and sent by engines that are gone, by peer.
-    spent: Vec<(PublicKey, u64, u64)>,
+    spent: Counted,
 }
 
 impl Engines {
@@ -73,7 +79,7 @@ impl Engines {
     }
 
     /// Both, and what earlier ones counted.
-    pub(super) fn all(&self) -> (Vec<Arc<Device<Transports>>>, Vec<(PublicKey, u64, u64)>) {
+    pub(super) fn all(&self) -> (Vec<Arc<Device<Transports>>>, Counted) {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         let previous = inner.previous.iter();
         let both = std::iter::once(&inner.current)
@@ -91,7 +97,7 @@ impl Engines {
     }
 
     /// The previous engine is gone; this is what it counted.
-    fn retire(&self, counted: Vec<(PublicKey, u64, u64)>) {
+    fn retire(&self, counted: Counted) {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         inner.previous = None;
         inner.spent.extend(counted);
@@ -114,7 +120,7 @@ async fn stop(device: Arc<Device<Transports>>) {
 }
 
 /// What one engine counted: bytes received and sent, by peer.
-pub(super) async fn counted(device: &Device<Transports>) -> Vec<(PublicKey, u64, u64)> {
+pub(super) async fn counted(device: &Device<Transports>) -> Counted {
     let peers = device.peers().await;
     peers
         .into_iter()
@@ -123,6 +129,52 @@ pub(super) async fn counted(device: &Device<Transports>) -> Vec<(PublicKey, u64,
             Some((key, peer.stats.rx_bytes as u64, peer.stats.tx_bytes as u64))
         })
         .collect()
+}
+
+/// To one engine: packets that it sends while it does not read the interface, and whether they are answered.
+pub(super) struct Line {
+    number: u64,
+    pings: mpsc::Sender<Packet<Ip>>,
+    watched: Arc<tun::Watched>,
+}
+
+impl Line {
+    /// With the engine's ends of it.
+    pub(super) fn open(number: u64, turn: &watch::Sender<u64>) -> (Self, tun::Turn, Arc<tun::Watched>) {
+        let (pings, injected) = mpsc::channel(4);
+        let watched = Arc::default();
+        let reads = tun::Turn::new(number, turn.subscribe(), injected);
+        let line = Self {
+            number,
+            pings,
+            watched: Arc::clone(&watched),
+        };
+        (line, reads, watched)
+    }
+
+    /// Pings until a ping is answered. All that the engine took before has arrived then.
+    async fn answered(&self, ping: Ping) {
+        let mut answered = self.watched.expect(ping);
+        let asking = async {
+            let mut ticks = tokio::time::interval(PING_EVERY);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            for sequence in 0.. {
+                ticks.tick().await;
+                let bytes = BytesMut::from(ping.request(sequence).as_slice());
+                if let Ok(packet) = Packet::from_bytes(bytes).try_into_ip()
+                    && self.pings.send(packet).await.is_err()
+                {
+                    break;
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = asking => {}
+            // The sender lives as long as this line.
+            _ = answered.wait_for(|answered| *answered) => {}
+        }
+    }
 }
 
 /// Nobody reads while this lives; then the engine that did before reads on, unless another was let in.
@@ -146,7 +198,7 @@ impl Drop for Pause<'_> {
 
 impl UserspaceTunnel {
     pub(super) async fn hand_over(&self, renewal: Renewal) -> Result<(), Error> {
-        let mut last = self.renewals.lock().await;
+        let mut line = self.line.lock().await;
         let Renewal {
             private_key,
             peer,
@@ -154,19 +206,14 @@ impl UserspaceTunnel {
             gateway,
         } = renewal;
         let key = peer.public_key;
-        let ping = self.ping(source, gateway)?;
+        let (old_ping, new_ping) = (marked_ping(source, gateway)?, marked_ping(source, gateway)?);
         let first = self.engines.current();
-        let started = Instant::now();
-        self.shake_hands(&first, key, MEASURE_TIMEOUT).await?;
-        let drain = started.elapsed().clamp(MIN_DRAIN, MAX_DRAIN);
+        self.shake_hands(&first, key, REACH_TIMEOUT).await?;
 
-        *last += 1;
-        let number = *last;
-        let (moved, moved_seen) = watch::channel(false);
-        let (pings, injected) = mpsc::channel(4);
-        let reader = tun::Turn::new(number, self.turn.subscribe(), Some(injected));
+        let number = line.number + 1;
+        let (next_line, reads, watched) = Line::open(number, &self.turn);
         // A fixed port is the first engine's until it is gone.
-        let second = self.engine(&private_key, 0, reader, Some((ping, moved))).await?;
+        let second = self.engine(&private_key, 0, reads, watched).await?;
         second
             .add_peers(vec![super::device_peer(&peer)])
             .await
@@ -176,18 +223,24 @@ impl UserspaceTunnel {
         let mut pause = Pause::begin(&self.turn);
         let paused = Instant::now();
         let moving = async {
-            tokio::time::sleep(drain).await;
+            if tokio::time::timeout(MAX_DRAIN, line.answered(old_ping)).await.is_err() {
+                tracing::debug!(
+                    interface = self.interface,
+                    "what was sent under the old key may not have arrived"
+                );
+            }
+            let drained = paused.elapsed();
             self.shake_hands(&second, key, LIMIT).await?;
-            until_answered(&ping, &pings, moved_seen).await;
-            Ok(())
+            next_line.answered(new_ping).await;
+            Ok(drained)
         };
-        match tokio::time::timeout(LIMIT, moving).await {
-            Ok(Ok(())) => {}
+        let drained = match tokio::time::timeout(LIMIT, moving).await {
+            Ok(Ok(drained)) => drained,
             Ok(Err(error)) => return Err(error),
             Err(_elapsed) => {
                 return Err(Error::NotMoved { gateway, within: LIMIT });
             }
-        }
+        };
         pause.next = number;
         drop(pause);
         tracing::debug!(
@@ -196,44 +249,25 @@ impl UserspaceTunnel {
             paused.elapsed()
         );
         self.peers.lock().await.insert(key, peer);
+        *line = next_line;
         drop(first);
         let old = self.engines.succeed(Arc::new(second));
         // What was sent to the old key may still come; what waited in the kernel has to be read.
-        tokio::time::sleep((2 * drain).max(MAX_DRAIN)).await;
+        tokio::time::sleep((2 * drained).max(MIN_LINGER)).await;
+        line.watched.forget();
         link::set_queue(self.index, USUAL_QUEUE).await;
         let counted = counted(&old).await;
         self.engines.retire(counted);
         stop(old).await;
         Ok(())
     }
-
-    fn ping(&self, source: IpAddr, gateway: IpAddr) -> Result<Ping, Error> {
-        let mut mark = [0; 8];
-        aws_lc_rs::rand::fill(&mut mark)
-            .ok()
-            .and_then(|()| Ping::new(source, gateway, mark))
-            .ok_or(Error::NoGateway { ours: source, gateway })
-    }
 }
 
-/// Pings until something comes through the second engine.
-async fn until_answered(ping: &Ping, pings: &mpsc::Sender<Packet<Ip>>, mut moved: watch::Receiver<bool>) {
-    let asking = async {
-        let mut ticks = tokio::time::interval(PING_EVERY);
-        for sequence in 0.. {
-            ticks.tick().await;
-            let bytes = BytesMut::from(ping.request(sequence).as_slice());
-            if let Ok(packet) = Packet::from_bytes(bytes).try_into_ip()
-                && pings.send(packet).await.is_err()
-            {
-                break;
-            }
-        }
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        () = asking => {}
-        // The sender lives in the engine that this waits for.
-        _ = moved.wait_for(|moved| *moved) => {}
-    }
+/// Pings that nobody else's answers are taken for.
+fn marked_ping(source: IpAddr, gateway: IpAddr) -> Result<Ping, Error> {
+    let mut mark = [0; 8];
+    aws_lc_rs::rand::fill(&mut mark)
+        .ok()
+        .and_then(|()| Ping::new(source, gateway, mark))
+        .ok_or(Error::NoGateway { ours: source, gateway })
 }

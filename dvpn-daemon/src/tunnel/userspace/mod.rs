@@ -37,10 +37,7 @@ use gotatun::{
 use tokio::sync::{Mutex, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use self::{
-    handover::{Engines, counted},
-    ping::Ping,
-};
+use self::handover::{Engines, Line, counted};
 use super::{Error, PeerConfig, PeerStats, Renewal, Tunnel, TunnelConfig};
 
 type Transports = (udp::Factory, tun::TunWriter, tun::TunReader);
@@ -84,8 +81,8 @@ pub struct UserspaceTunnel {
     engines: Engines,
     /// Number of the engine that reads the interface.
     turn: watch::Sender<u64>,
-    /// Number of the last engine; held while one takes over from another.
-    renewals: Mutex<u64>,
+    /// To the engine that reads the interface; held while another takes over from it.
+    line: Mutex<Line>,
     /// What the device was told, so that telling it again is free: changing a peer costs a walk over all.
     peers: Mutex<HashMap<PublicKey, PeerConfig>>,
     death: Death,
@@ -127,7 +124,7 @@ impl UserspaceTunnel {
                 source,
             })?;
         let answers = confirm::Answers::default();
-        let turn = watch::Sender::new(FIRST);
+        let reading = watch::Sender::new(FIRST);
         let outside = Outside {
             interface: &interface,
             fwmark,
@@ -135,8 +132,8 @@ impl UserspaceTunnel {
             death: &death,
             answers: &answers,
         };
-        let reads = tun::Turn::new(FIRST, turn.subscribe(), None);
-        let inside = (Arc::clone(&tun), mtu_seen.clone(), reads, None);
+        let (first_line, reads, watched) = Line::open(FIRST, &reading);
+        let inside = (Arc::clone(&tun), mtu_seen.clone(), reads, watched);
         let device = engine(&private_key, listen_port, inside, &outside).await?;
         let tunnel = Self {
             interface,
@@ -147,8 +144,8 @@ impl UserspaceTunnel {
             tun,
             mtu: mtu_seen,
             engines: Engines::new(device),
-            turn,
-            renewals: Mutex::new(FIRST),
+            turn: reading,
+            line: Mutex::new(first_line),
             peers: Mutex::default(),
             death,
             died,
@@ -167,7 +164,7 @@ impl UserspaceTunnel {
         private_key: &PrivateKey,
         listen_port: u16,
         turn: tun::Turn,
-        watched: Option<(Ping, watch::Sender<bool>)>,
+        watched: Arc<tun::Watched>,
     ) -> Result<Device<Transports>, Error> {
         let outside = Outside {
             interface: &self.interface,
@@ -398,18 +395,13 @@ struct Outside<'a> {
     answers: &'a confirm::Answers,
 }
 
-type Inside = (
-    Arc<tun::Tun>,
-    watch::Receiver<u16>,
-    tun::Turn,
-    Option<(Ping, watch::Sender<bool>)>,
-);
+type Inside = (Arc<tun::Tun>, watch::Receiver<u16>, tun::Turn, Arc<tun::Watched>);
 
 /// A protocol engine with an outer socket of its own, and no peers.
 async fn engine(
     private_key: &PrivateKey,
     listen_port: u16,
-    (tun, mtu, turn, watched): Inside,
+    (tun, mtu, reads, watched): Inside,
     outside: &Outside<'_>,
 ) -> Result<Device<Transports>, Error> {
     let death = outside.death;
@@ -422,7 +414,7 @@ async fn engine(
         ))
         .with_ip_pair(
             tun::TunWriter::spawn(Arc::clone(&tun), watched, death.clone()),
-            tun::TunReader::new(tun, turn, mtu, death.clone()),
+            tun::TunReader::new(tun, reads, mtu, death.clone()),
         )
         .with_private_key(x25519::StaticSecret::from(*private_key.expose()))
         .with_listen_port(listen_port)

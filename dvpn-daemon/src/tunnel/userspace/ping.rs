@@ -12,7 +12,7 @@ const V6_HEADER_BYTES: usize = 40;
 const MESSAGE_BYTES: usize = 16;
 const ICMP: u8 = 1;
 const ICMP_V6: u8 = 58;
-/// Echo request and reply, in ICMP (RFC 792) and ICMPv6 (RFC 4443).
+/// Echo request and reply, in ICMP (RFC 792) and its IPv6 kind (RFC 4443).
 const V4_KINDS: [u8; 2] = [8, 0];
 const V6_KINDS: [u8; 2] = [128, 129];
 

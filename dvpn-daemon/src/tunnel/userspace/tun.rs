@@ -2,7 +2,10 @@
 
 use std::{
     io::{self, IoSlice},
-    sync::Arc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -74,12 +77,12 @@ pub(super) struct Turn {
     number: u64,
     reads: watch::Receiver<u64>,
     /// Packets to send while it is another's turn.
-    injected: Option<mpsc::Receiver<Packet<Ip>>>,
+    injected: mpsc::Receiver<Packet<Ip>>,
 }
 
 impl Turn {
     /// Of engine `number`; `reads` names the one that reads.
-    pub(super) fn new(number: u64, reads: watch::Receiver<u64>, injected: Option<mpsc::Receiver<Packet<Ip>>>) -> Self {
+    pub(super) fn new(number: u64, reads: watch::Receiver<u64>, injected: mpsc::Receiver<Packet<Ip>>) -> Self {
         Self {
             number,
             reads,
@@ -90,15 +93,9 @@ impl Turn {
     /// Completes when it is our turn, or with a packet that is to be sent before.
     async fn come(&mut self) -> Option<Packet<Ip>> {
         while *self.reads.borrow_and_update() != self.number {
-            let injected = async {
-                match &mut self.injected {
-                    Some(packets) => packets.recv().await,
-                    None => None,
-                }
-            };
             tokio::select! {
                 Ok(()) = self.reads.changed() => {}
-                Some(packet) = injected => return Some(packet),
+                Some(packet) = self.injected.recv() => return Some(packet),
                 // The tunnel is being closed.
                 else => std::future::pending().await,
             }
@@ -109,7 +106,7 @@ impl Turn {
     /// Completes when it may be our turn no more.
     async fn go(&mut self) {
         if self.reads.changed().await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }
@@ -125,11 +122,11 @@ pub(super) struct TunReader {
 }
 
 impl TunReader {
-    pub(super) fn new(tun: Arc<Tun>, turn: Turn, mtu: watch::Receiver<u16>, death: Death) -> Self {
+    pub(super) fn new(tun: Arc<Tun>, reads: Turn, mtu: watch::Receiver<u16>, death: Death) -> Self {
         let frame = vec![0; VIRTIO_NET_HDR_LEN + usize::from(u16::MAX)];
         Self {
             tun,
-            turn,
+            turn: reads,
             mtu: mtu.into(),
             death,
             frame,
@@ -194,18 +191,50 @@ impl IpRecv for TunReader {
     }
 }
 
+/// The pings that an engine sends of its own: their answers are not the kernel's.
+#[derive(Default)]
+pub(super) struct Watched {
+    /// So that the usual packet costs one load.
+    active: AtomicBool,
+    pings: Mutex<Option<(Ping, watch::Sender<bool>)>>,
+}
+
+impl Watched {
+    /// Waits for answers to these from now on. The receiver sees true at the first.
+    pub(super) fn expect(&self, ping: Ping) -> watch::Receiver<bool> {
+        let (answered, seen) = watch::channel(false);
+        *self.pings.lock().unwrap_or_else(PoisonError::into_inner) = Some((ping, answered));
+        self.active.store(true, Ordering::Release);
+        seen
+    }
+
+    /// Leaves everything to the kernel again.
+    pub(super) fn forget(&self) {
+        self.active.store(false, Ordering::Release);
+    }
+
+    /// Whether a packet was an answer, and ours.
+    fn takes(&self, packet: &[u8]) -> bool {
+        match &*self.pings.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some((ping, answered)) if ping.is_answered_by(packet) => {
+                answered.send_replace(true);
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+}
+
 /// Packets to the kernel. They are queued, and a task writes what has gathered: the engine hands them over one
 /// by one, the kernel takes a run of TCP segments in one write.
 pub(super) struct TunWriter {
     queue: mpsc::Sender<Packet<Ip>>,
-    /// Pings that this engine sends of its own: their answers are not the kernel's, and any packet shows that the peer
-    /// knows us under this engine's key.
-    watched: Option<(Ping, watch::Sender<bool>)>,
+    watched: Arc<Watched>,
     _task: AbortOnDropHandle<()>,
 }
 
 impl TunWriter {
-    pub(super) fn spawn(tun: Arc<Tun>, watched: Option<(Ping, watch::Sender<bool>)>, death: Death) -> Self {
+    pub(super) fn spawn(tun: Arc<Tun>, watched: Arc<Watched>, death: Death) -> Self {
         let (queue, packets) = mpsc::channel(QUEUE_PACKETS);
         Self {
             queue,
@@ -217,16 +246,14 @@ impl TunWriter {
 
 impl IpSend for TunWriter {
     async fn send(&mut self, packet: Packet<Ip>) -> io::Result<()> {
-        let packet = match &self.watched {
-            None => packet,
-            Some((ping, moved)) => {
-                moved.send_if_modified(|moved| !std::mem::replace(moved, true));
-                let bytes = packet.into_bytes();
-                if ping.is_answered_by(&bytes) {
-                    return Ok(());
-                }
-                bytes.try_into_ip().map_err(io::Error::other)?
+        let packet = if self.watched.active.load(Ordering::Acquire) {
+            let bytes = packet.into_bytes();
+            if self.watched.takes(&bytes) {
+                return Ok(());
             }
+            bytes.try_into_ip().map_err(io::Error::other)?
+        } else {
+            packet
         };
         self.queue
             .send(packet)

@@ -430,7 +430,8 @@ pub struct RefusedPeer {
 
 /// Path of the orchestrator below `FALLBACK_ORCHESTRATOR_URL`: ask for a provider.
 pub const PROVISION_PATH: &str = "provision";
-/// Path of the orchestrator below `FALLBACK_ORCHESTRATOR_URL`: `leases/{id}` renews (POST) or returns (DELETE) one.
+/// Path of the orchestrator below `FALLBACK_ORCHESTRATOR_URL`: `leases/{id}` renews (POST, answered with a fresh
+/// [`ProvisionResponse`]) or returns (DELETE, answered with 204) one. The token comes as `Authorization: Bearer …`.
 pub const LEASES_PATH: &str = "leases";
 
 /// `POST FALLBACK_ORCHESTRATOR_URL/provision`, and what the fallback script reads on its standard input. No Debug: it
@@ -459,6 +460,9 @@ pub struct ProvisionResponse {
     /// What it carries.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed_ips: Option<Vec<String>>,
+    /// Echo of the key that was to be admitted: an answer for another key is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_public_key: Option<PublicKey>,
     /// Our inner address there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpNetwork>,

@@ -4,6 +4,7 @@
 //! its list, or the orchestrator's answer that made a provider for our key.
 
 mod error;
+mod lease;
 
 use std::net::IpAddr;
 
@@ -20,6 +21,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 pub use error::Error;
+pub use lease::Lease;
 
 use crate::{
     address::{is_private, is_unicast},
@@ -51,6 +53,7 @@ pub struct Approval {
     from_pool: bool,
     serial: Option<u64>,
     signed: Option<SignedApproval>,
+    lease: Option<Lease>,
 }
 
 /// What the pool was asked, and what its answer is held against.
@@ -125,6 +128,7 @@ impl Approval {
             from_pool: true,
             serial: signed.as_ref().map(|(_, fields)| fields.serial),
             signed: signed.map(|(signed, _)| signed),
+            lease: None,
         })
     }
 
@@ -145,19 +149,35 @@ impl Approval {
         if provider.public_key == *asked.client_key {
             return Err(Error::Mismatch { field: "provider key" });
         }
+        if answer.client_public_key.is_some_and(|key| key != *asked.client_key) {
+            return Err(Error::Mismatch { field: "client key" });
+        }
+        let lease = answer.lease_id.map(Lease::parse).transpose()?;
+        let given = answer.addresses.or_else(|| answer.address.map(|address| vec![address]));
         Ok(Self {
             provider,
             client_key: *asked.client_key,
-            addresses: match answer.address {
-                Some(address) => given_addresses(vec![address])?,
+            addresses: match given {
+                Some(given) => given_addresses(given)?,
                 None => static_addresses(asked.static_addresses)?,
             },
-            gateways: Vec::new(),
-            expires_at: end(asked.subscription, asked.now, &[])?,
+            gateways: gateways(answer.gateways.unwrap_or_default())?,
+            expires_at: end(asked.subscription, asked.now, &[answer.lease_expires_at])?,
             from_pool: false,
             serial: None,
             signed: None,
+            lease,
         })
+    }
+
+    /// Takes the orchestrator's word that the lease lasts until `until`; the subscription and 24 hours still bound it.
+    /// Without a lease there is nothing to extend.
+    pub fn extend_lease(&mut self, subscription: &Subscription, until: Timestamp, now: Timestamp) -> Result<(), Error> {
+        if self.lease.is_some() {
+            check_paid(subscription, now)?;
+            self.expires_at = end(subscription, now, &[Some(until)])?;
+        }
+        Ok(())
     }
 
     /// Whom it lets us use.
@@ -199,6 +219,10 @@ impl Approval {
             && same(&self.addresses, &old.addresses)
             && (self.client_key == old.client_key || moves)
     }
+    /// What names a provider of the orchestrator's to it, to be renewed and returned.
+    pub fn lease(&self) -> Option<&Lease> {
+        self.lease.as_ref()
+    }
     /// What the pool signed, if it did.
     pub fn signed(&self) -> Option<&SignedApproval> {
         self.signed.as_ref()
@@ -214,7 +238,17 @@ struct Provisioned {
     #[serde(default)]
     allowed_ips: Option<Vec<String>>,
     #[serde(default)]
+    client_public_key: Option<PublicKey>,
+    #[serde(default)]
     address: Option<IpNetwork>,
+    #[serde(default)]
+    addresses: Option<Vec<IpNetwork>>,
+    #[serde(default)]
+    gateways: Option<Vec<IpAddr>>,
+    #[serde(default)]
+    lease_id: Option<String>,
+    #[serde(default)]
+    lease_expires_at: Option<Timestamp>,
 }
 
 fn check_paid(subscription: &Subscription, now: Timestamp) -> Result<(), Error> {

@@ -6,6 +6,7 @@
 //! | [`host`] | the only module that changes the machine: links, addresses, rules, nftables |
 //! | [`tunnel`] | WireGuard devices behind one trait |
 //! | [`http`] | pool, payment and orchestrator clients |
+//! | [`fallback`] | the script that has a provider made, and the lease of it |
 //! | [`probe`] | latency of candidates |
 //! | [`socks5`], [`resolve`] | the proxy and its names, through the tunnel or not at all |
 //! | [`provider`] | the provider side: registration, peers, NAT, echo |
@@ -18,6 +19,7 @@ pub mod audit;
 pub mod control;
 pub mod driver;
 pub mod ebpf;
+pub mod fallback;
 pub mod host;
 pub mod http;
 pub mod logs;

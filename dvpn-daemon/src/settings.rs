@@ -16,6 +16,8 @@ use std::{
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use dvpn_core::config::{self, Config, Kind, SETTINGS, Source};
 
+use crate::fallback::Script;
+
 /// Exit status of a process whose configuration is wrong: `EX_CONFIG` of sysexits.h.
 pub const EXIT_CONFIG: u8 = 78;
 /// The file read unless `--config` names another; missing, it counts as empty.
@@ -84,6 +86,9 @@ pub enum Error {
         /// Which.
         name: String,
     },
+    /// A fallback script that is not to be run.
+    #[error("{}", crate::run::chain(.0))]
+    Script(crate::fallback::Untrusted),
     /// Values that are refused, all of them.
     #[error("{0}")]
     Values(#[from] config::Errors),
@@ -208,6 +213,12 @@ impl Arguments {
             Err(error) => errors.push(error),
         }
         let config = config::parse(&sources).map_err(|error| errors.push(error.into()));
+        if let Ok(config) = &config
+            && config.fallback.enabled
+            && let Err(error) = Script::open(&config.fallback.script)
+        {
+            errors.push(Error::Script(error));
+        }
         match (config, errors.pop()) {
             (Ok(config), None) => Ok(config),
             (Ok(_) | Err(()), Some(error)) if errors.is_empty() => Err(error),

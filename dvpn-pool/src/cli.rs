@@ -1,12 +1,18 @@
 //! The command line and its environment.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, builder::BoolishValueParser};
 use dvpn_common::ids::{CheckoutId, ProviderId};
 use url::Url;
 
-use crate::config::{Config, DEFAULT_MAX_CONNECTIONS, Limits, Timing};
+use crate::{
+    config::{Config, DEFAULT_MAX_CONNECTIONS, Limits, Timing},
+    orchestrator::DEFAULT_LEASE_LIFE,
+};
+
+/// Below, clients would renew all the time; above, no approval lives.
+const LEASE_SECONDS: RangeInclusive<u64> = 20..=86_400;
 
 /// The DVPN pool server: provider list, approvals and payments.
 #[derive(Debug, Parser)]
@@ -40,6 +46,14 @@ pub enum Command {
         /// The node's id.
         id: ProviderId,
     },
+    /// Put a node on standby: it leaves the list, and the orchestrator may lend it (needs --database).
+    StandbyNode {
+        /// The node's id.
+        id: ProviderId,
+        /// Back to the list.
+        #[arg(long)]
+        off: bool,
+    },
     /// Revoke a paid token: it verifies no more, and its connections end within a second (needs --database).
     Revoke(Revoke),
     /// Make a new signing key, vouched for by the old one; a running pool takes it up within a second (needs --database).
@@ -67,6 +81,7 @@ pub struct Revoke {
 }
 
 /// Every option, also by environment.
+#[expect(clippy::struct_excessive_bools, reason = "independent switches of the operator")]
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Options (also by environment)")]
 pub struct Options {
@@ -94,6 +109,12 @@ pub struct Options {
     /// Where people reach this server's /payment, for links to payment pages.
     #[arg(long, global = true, env = "DVPN_POOL_PAYMENT_URL", value_name = "URL")]
     pub payment_url: Option<Url>,
+    /// Be an orchestrator too, at /orchestrator: lend standby nodes to clients that find no provider.
+    #[arg(long, global = true, env = "DVPN_POOL_ORCHESTRATOR", value_parser = BoolishValueParser::new())]
+    pub orchestrator: bool,
+    /// How long a lease of a standby node lasts unless it is renewed.
+    #[arg(long, global = true, env = "DVPN_POOL_LEASE_SECONDS", value_name = "N", default_value_t = DEFAULT_LEASE_LIFE.as_secs())]
+    pub lease_seconds: u64,
     /// Most connections at one time.
     #[arg(long, global = true, env = "DVPN_POOL_MAX_CONNECTIONS", value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS)]
     pub max_connections: usize,
@@ -158,6 +179,9 @@ impl Options {
         if self.payment_url.as_ref().is_some_and(|url| url.scheme() != "https") {
             wrong.push("--payment-url must begin with https://".to_owned());
         }
+        if !LEASE_SECONDS.contains(&self.lease_seconds) {
+            wrong.push("--lease-seconds must be from 20 to 86400".to_owned());
+        }
         if self.max_connections == 0 {
             wrong.push("--max-connections must be 1 or more".to_owned());
         }
@@ -180,6 +204,7 @@ impl Options {
                 open_registration: self.open_registration,
                 private_endpoints: self.private_endpoints,
                 payment_url: self.payment_url,
+                orchestrator: self.orchestrator.then(|| Duration::from_secs(self.lease_seconds)),
                 max_connections: self.max_connections,
                 limits,
                 timing: Timing::default(),

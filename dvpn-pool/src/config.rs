@@ -24,6 +24,8 @@ pub struct Config {
     pub private_endpoints: bool,
     /// Where the world reaches `/payment` of this server; payment pages are linked below it.
     pub payment_url: Option<Url>,
+    /// How long a lease of a standby node lasts; nothing if this server is no orchestrator.
+    pub orchestrator: Option<Duration>,
     /// Most connections at one time.
     pub max_connections: usize,
     /// How much one source may ask.

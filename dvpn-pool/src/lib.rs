@@ -10,6 +10,7 @@
 //! | [`challenge`] | proof that a client holds the key it wants approved |
 //! | [`live`], [`list`] | nodes while they live, and the signed provider list that follows |
 //! | [`store`] | what survives a restart: all SQL |
+//! | [`orchestrator`] | lends standby nodes to clients that find no provider |
 //! | [`payment`] | price, quotes, tokens |
 //! | [`signed`], [`signing`] | requests that nodes sign, the key that the pool signs with |
 //! | [`reach`], [`prober`] | whether a node answers: its echo, its WireGuard |
@@ -27,6 +28,7 @@ pub mod limiter;
 pub mod list;
 pub mod live;
 pub mod network;
+pub mod orchestrator;
 pub mod payment;
 pub mod pool;
 pub mod prober;

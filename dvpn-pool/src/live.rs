@@ -2,6 +2,7 @@
 //! that follows from it. Every function here is short and never waits.
 
 mod node;
+mod standby;
 
 use std::{
     collections::BTreeMap,

@@ -41,6 +41,9 @@ fn main() -> ExitCode {
         (false, Some(Command::Nodes)) => runtime.block_on(nodes(cli.options)),
         (false, Some(Command::ApproveNode { id })) => runtime.block_on(set_approved(cli.options, id, true)),
         (false, Some(Command::RevokeNode { id })) => runtime.block_on(set_approved(cli.options, id, false)),
+        (false, Some(Command::StandbyNode { id, off })) => {
+            runtime.block_on(operator::set_standby(cli.options, id, !off))
+        }
         (false, Some(Command::Revoke(which))) => runtime.block_on(operator::revoke(cli.options, which)),
         (false, Some(Command::RotateKey)) => runtime.block_on(operator::rotate_key(cli.options)),
         (false, None) => fail(&Cli::command().render_help().to_string(), 2),
@@ -80,17 +83,24 @@ async fn serve(config: Config) -> ExitCode {
 async fn nodes(options: Options) -> ExitCode {
     let nodes = match database(options) {
         Ok(path) => match Store::open(&path).await {
-            Ok(store) => store.nodes().await,
+            Ok(store) => match store.standbys().await {
+                Ok(standbys) => store.nodes().await.map(|nodes| (nodes, standbys)),
+                Err(error) => Err(error),
+            },
             Err(error) => Err(error),
         },
         Err(code) => return code,
     };
     match nodes {
-        Ok(nodes) => {
+        Ok((nodes, standbys)) => {
             let lines: Vec<String> = nodes
                 .iter()
                 .map(|node| {
-                    let approved = if node.approved { "approved" } else { "waiting" };
+                    let approved = match (standbys.contains(&node.id), node.approved) {
+                        (true, _) => "standby",
+                        (false, true) => "approved",
+                        (false, false) => "waiting",
+                    };
                     format!("{}\t{approved}\t{}\t{}", node.id, node.endpoint, node.public_key)
                 })
                 .collect();

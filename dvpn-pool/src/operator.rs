@@ -3,7 +3,7 @@
 use std::{io::Read as _, process::ExitCode};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use dvpn_common::{contract::KeyRotation, directory::rotation_bytes};
+use dvpn_common::{contract::KeyRotation, directory::rotation_bytes, ids::ProviderId};
 use dvpn_pool::{
     cli::{Options, Revoke, with_causes},
     pool::key_path,
@@ -43,6 +43,25 @@ pub(crate) async fn revoke(options: Options, which: Revoke) -> ExitCode {
     match done {
         Ok(true) => say("revoked: the running pool ends its connections within a second"),
         Ok(false) => fail("there is no such checkout or token, or it was revoked before", 1),
+        Err(error) => fail(&with_causes(&error), 1),
+    }
+}
+
+/// `dvpn-pool standby-node`
+pub(crate) async fn set_standby(options: Options, id: ProviderId, standby: bool) -> ExitCode {
+    let path = match database(options) {
+        Ok(path) => path,
+        Err(code) => return code,
+    };
+    let store = match Store::open(&path).await {
+        Ok(store) => store,
+        Err(error) => return fail(&with_causes(&error), 1),
+    };
+    let done = store.set_standby(&id, standby).await;
+    store.close().await;
+    match done {
+        Ok(true) => say("done: the running pool follows within a second"),
+        Ok(false) => fail(&format!("there is no node {id}"), 1),
         Err(error) => fail(&with_causes(&error), 1),
     }
 }

@@ -21,6 +21,7 @@ use crate::{
     list::List,
     live::{Live, NodeEvent},
     network::{Networks, UlaId},
+    orchestrator::Orchestrator,
     prober::Prober,
     refusal::Refusal,
     signed::ReplayCache,
@@ -84,6 +85,8 @@ pub struct Pool {
     pub speed: Slots,
     /// The open connections.
     pub gate: Gate,
+    /// Lends standby nodes, if the operator wants it.
+    pub orchestrator: Option<Orchestrator>,
     /// Held while a node's peers change and the change is put into its stream: events leave in the order of their
     /// sequence numbers, and a snapshot is of one moment.
     pub changes: tokio::sync::Mutex<()>,
@@ -127,6 +130,7 @@ impl Pool {
         store.forget_silent_nodes(now).await?;
         let list = List::above(store.list_version().await?);
         let live = Live::new(store.nodes().await?, list, config.open_registration, config.timing);
+        live.set_standbys(&store.standbys().await?, Instant::now());
         let (ledger, queue) = ledger::open();
         let limits = config.limits;
         let limiter = |allowed, window| Limiter::new(allowed, window, LIMITER_CAPACITY);
@@ -143,6 +147,7 @@ impl Pool {
             checks: limiter(limits.checks, MINUTE),
             speed: Slots::new(limits.speed_tests),
             gate: Gate::new(config.max_connections, limits.connections),
+            orchestrator: config.orchestrator.map(Orchestrator::new),
             changes: tokio::sync::Mutex::new(()),
             signer: RwLock::new(Arc::new(Signer { ring, rotations })),
             failures: limiter(limits.failures, MINUTE),
@@ -223,6 +228,8 @@ impl Pool {
         let now = Timestamp::now();
         self.live.sweep(Instant::now());
         self.challenges.sweep(Instant::now());
+        // The operator marks nodes with another process.
+        self.live.set_standbys(&self.store.standbys().await?, Instant::now());
         self.replays.sweep(now.as_second());
         self.raise_ceiling(now).await?;
         self.follow_rotation().await?;
@@ -240,6 +247,7 @@ impl Pool {
     pub async fn clean(&self) -> Result<(), store::Error> {
         let now = Timestamp::now();
         self.store.forget_old_payments(now).await?;
+        self.store.forget_ended_leases().await?;
         // With the order of changes held, no registration comes between the database and the memory.
         let _order = self.changes.lock().await;
         let forgotten = self.store.forget_silent_nodes(now).await?;

@@ -63,6 +63,11 @@ impl Refusal {
         }
     }
 
+    /// Whether somebody else might do it, or the same one later.
+    pub fn is_unavailable(&self) -> bool {
+        self.status == StatusCode::SERVICE_UNAVAILABLE
+    }
+
     /// Whether this counts against the sender: guesses of tokens, secrets, signatures and names do.
     pub fn is_senders_failure(&self) -> bool {
         matches!(

@@ -211,6 +211,14 @@ fn router(pool: Arc<Pool>) -> Router {
         .route("/payment/checkout/{id}", get(api::payment::status))
         .route("/payment/checkout/{id}/page", get(api::payment::page))
         .route("/health", get(health));
+    if pool.config.orchestrator.is_some() {
+        router = router
+            .route("/orchestrator/provision", post(api::provision::provision))
+            .route(
+                "/orchestrator/leases/{id}",
+                post(api::provision::renew).delete(api::provision::take_back),
+            );
+    }
     if pool.config.development {
         router = router.route("/payment/dev/pay/{id}", post(api::payment::development_pay));
     }

@@ -9,6 +9,7 @@
 //! | `control` | the D-Bus interface: who is served, what is shown and announced |
 //! | `contract` | a pool and a provider that speak only the plain contract |
 //! | `failover` | what happens when a provider dies, and when it does not |
+//! | `fallback` | what the orchestrator does when the pool fails |
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
 //! | `hostile` | a pool that turns hostile |
@@ -19,6 +20,7 @@ mod contract;
 mod control;
 mod counterpart;
 mod failover;
+mod fallback;
 mod footprint;
 mod hostile;
 mod lab;

@@ -25,6 +25,14 @@ pub const POOL_PORT: u16 = 8443;
 /// WireGuard port of the providers.
 pub const NODE_PORT: u16 = 51820;
 
+/// How long a lease of the local network's orchestrator lasts: short, so that renewals are seen.
+pub const LEASE_SECONDS: u64 = 20;
+
+/// `FALLBACK_ORCHESTRATOR_URL` of the local network.
+pub fn orchestrator_url() -> String {
+    format!("https://{POOL}:{POOL_PORT}/orchestrator")
+}
+
 /// `POOL_URL` of the local network.
 pub fn pool_url() -> String {
     format!("https://{POOL}:{POOL_PORT}/providers")
@@ -52,6 +60,11 @@ impl Environment {
     pub fn without(mut self, name: &str) -> Self {
         self.0.remove(name);
         self
+    }
+
+    /// A variable.
+    pub fn value(&self, name: &str) -> Option<OsString> {
+        self.0.get(name).cloned()
     }
 
     fn command(&self, program: &Path) -> Command {
@@ -92,6 +105,7 @@ pub fn spawn_pool(network: &Network, identity: &Identity) -> Result<Process> {
     let mut command = environment.command(&program("dvpn-pool")?);
     command
         .args(["serve", "--development", "--open-registration", "--private-endpoints"])
+        .args(["--orchestrator", "--lease-seconds", &LEASE_SECONDS.to_string()])
         .arg("--listen")
         .arg(format!("{POOL}:{POOL_PORT}"))
         .arg("--tls-cert")
@@ -252,18 +266,20 @@ impl Daemon {
 /// Waits until the pool lists this many providers.
 pub fn wait_until_listed(network: &Network, ca: &Path, wanted: usize, patience: Duration) -> Result<()> {
     let what = format!("a list of {wanted} providers");
-    wait_for(&what, patience, || {
-        let (status, text) = https::request(&network.client.namespace, ca, &pool_url(), None)?;
-        if status != 200 {
-            return Ok(None);
-        }
-        let list: serde_json::Value = serde_json::from_str(&text).context("reading the pool's list")?;
-        let listed = list
-            .get("providers")
-            .and_then(serde_json::Value::as_array)
-            .map_or(0, Vec::len);
-        Ok((listed >= wanted).then_some(()))
-    })
+    wait_for(&what, patience, || Ok((listed(network, ca)? >= wanted).then_some(())))
+}
+
+/// How many providers the pool lists; none while it does not answer well.
+pub fn listed(network: &Network, ca: &Path) -> Result<usize> {
+    let (status, text) = https::request(&network.client.namespace, ca, &pool_url(), None)?;
+    if status != 200 {
+        return Ok(0);
+    }
+    let list: serde_json::Value = serde_json::from_str(&text).context("reading the pool's list")?;
+    Ok(list
+        .get("providers")
+        .and_then(serde_json::Value::as_array)
+        .map_or(0, Vec::len))
 }
 
 /// A resolv.conf that names the name server beyond the providers.

@@ -46,7 +46,7 @@ pub enum Error {
     /// A yes that does not read.
     #[error("the {from} answer does not read: {reason}")]
     Unreadable {
-        /// `approval` or `provisioning`.
+        /// `approval`, `provisioning` or `lease renewal`.
         from: &'static str,
         /// Why, shortened.
         reason: String,
@@ -90,6 +90,9 @@ pub enum Error {
     /// The approval is already over.
     #[error("the approval ended at {0}")]
     Over(Timestamp),
+    /// A lease that cannot be named in a path.
+    #[error("the lease id is refused: it must be 1 to 128 letters, digits, - and _")]
+    LeaseId,
     /// The orchestrator's provider is not one.
     #[error("the orchestrator's provider is refused: {0}")]
     Offer(#[source] directory::Error),
@@ -112,6 +115,7 @@ impl Error {
             | Self::Signature
             | Self::Signed(_)
             | Self::Older { .. }
+            | Self::LeaseId
             | Self::Offer(_) => Retry::Backoff,
         }
     }
@@ -131,7 +135,7 @@ impl Error {
                  from the state directory"
             }
             Self::Signed(_) => "check this machine's clock; otherwise tell the pool's operator",
-            Self::Mismatch { .. } | Self::Address { .. } | Self::Over(_) | Self::Offer(_) => {
+            Self::Mismatch { .. } | Self::Address { .. } | Self::Over(_) | Self::LeaseId | Self::Offer(_) => {
                 "tell the operator of the service that answered"
             }
             Self::NoAddress => "set WG_ADDRESS to the tunnel address this pool gave you",

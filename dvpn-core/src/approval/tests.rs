@@ -337,6 +337,15 @@ fn an_orchestrated_provider_is_checked_as_a_listed_one() {
         ("address", json!("8.8.8.8/32")),
         ("address", json!("10.0.0.0/8")),
         ("public_key", json!(key(2).to_string())),
+        ("public_key", json!("AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=")),
+        ("client_public_key", json!(key(3).to_string())),
+        ("addresses", json!(["10.8.0.3/32", "10.8.0.4/32"])),
+        ("gateways", json!(["8.8.8.8"])),
+        ("lease_id", json!("../providers")),
+        ("lease_id", json!("")),
+        ("lease_id", json!("x".repeat(129))),
+        ("lease_expires_at", json!(now() - SignedDuration::from_secs(1))),
+        ("lease_expires_at", json!("soon")),
         ("id", json!(7)),
     ] {
         let mut bad = good.clone();
@@ -351,6 +360,54 @@ fn an_orchestrated_provider_is_checked_as_a_listed_one() {
             ..
         })
     ));
+}
+
+#[test]
+fn a_lease_ends_the_approval_and_its_renewal_extends_it_no_further_than_payment_and_a_day() {
+    let minutes = |count| now() + SignedDuration::from_mins(count);
+    let leased = json!({
+        "id": "fallback-1", "endpoint": "9.9.9.9:51820", "public_key": key(3).to_string(),
+        "client_public_key": key(2).to_string(), "addresses": ["10.8.0.3/32", "fd00::3/128"],
+        "gateways": ["10.8.0.1"], "lease_id": "aB-_9", "lease_expires_at": minutes(10),
+    });
+    let mut approval = provisioned(&leased, &[]).unwrap();
+    assert!(!approval.is_from_pool());
+    assert_eq!(approval.addresses(), networks(&["10.8.0.3/32", "fd00::3/128"]));
+    assert_eq!(approval.gateways().len(), 1);
+    assert_eq!(approval.expires_at(), minutes(10));
+    let lease = approval.lease().unwrap().clone();
+    assert_eq!(lease.as_str(), "aB-_9");
+
+    let answer = json!({ "lease_id": "aB-_9", "lease_expires_at": minutes(15) }).to_string();
+    let until = lease.read_renewal(answer.as_bytes()).unwrap();
+    approval.extend_lease(&paid(700), until, minutes(5)).unwrap();
+    assert_eq!(approval.expires_at(), minutes(15));
+    approval.extend_lease(&paid(700), Timestamp::MAX, minutes(5)).unwrap();
+    assert_eq!(approval.expires_at(), minutes(5 + 24 * 60));
+    approval.extend_lease(&paid(1), Timestamp::MAX, minutes(5)).unwrap();
+    assert_eq!(approval.expires_at(), minutes(60));
+    assert!(
+        approval.extend_lease(&paid(1), Timestamp::MAX, minutes(61)).is_err(),
+        "not paid any more"
+    );
+    assert!(
+        approval.extend_lease(&paid(700), minutes(5), minutes(6)).is_err(),
+        "over already"
+    );
+    assert_eq!(
+        approval.expires_at(),
+        minutes(60),
+        "a refused extension changes nothing"
+    );
+
+    for bad in [
+        json!({ "lease_id": "another", "lease_expires_at": minutes(15) }),
+        json!({ "lease_id": "aB-_9" }),
+        json!({}),
+        json!([]),
+    ] {
+        assert!(lease.read_renewal(bad.to_string().as_bytes()).is_err(), "{bad}");
+    }
 }
 
 proptest! {

@@ -97,7 +97,7 @@ pub struct Config {
 pub struct FallbackConfig {
     /// `FALLBACK_ENABLED`; then there is an orchestrator.
     pub enabled: bool,
-    /// `FALLBACK_SCRIPT_PATH`.
+    /// `FALLBACK_SCRIPT_PATH`, absolute.
     pub script: PathBuf,
     /// `FALLBACK_ORCHESTRATOR_URL`.
     pub orchestrator_url: Option<Url>,

@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
 };
@@ -20,6 +20,9 @@ use super::{
     Socks5Config, Source, TunnelSettings, find,
 };
 use crate::{address::is_unicast, node::Rules, session::Choice, text::excerpt};
+
+/// Where a relative `FALLBACK_SCRIPT_PATH` begins: what is executed must not depend on a working directory.
+const SCRIPT_ROOT: &str = "/usr/lib/dvpn";
 
 /// Reads the configuration from `sources`, strongest first.
 pub fn parse(sources: &[Source]) -> Result<Config, Errors> {
@@ -137,7 +140,7 @@ impl<'a> Reader<'a> {
     fn fallback(&mut self) -> FallbackConfig {
         let fallback = FallbackConfig {
             enabled: self.flag("FALLBACK_ENABLED"),
-            script: self.path("FALLBACK_SCRIPT_PATH").unwrap_or_default(),
+            script: Path::new(SCRIPT_ROOT).join(self.path("FALLBACK_SCRIPT_PATH").unwrap_or_default()),
             orchestrator_url: self.url("FALLBACK_ORCHESTRATOR_URL"),
             timeout: Duration::from_secs(self.count("FALLBACK_TIMEOUT_SECONDS")),
             ca_cert: self.path("FALLBACK_CA_CERT"),

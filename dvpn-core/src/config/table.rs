@@ -181,7 +181,7 @@ pub static SETTINGS: &[Setting] = &[
         "FALLBACK_SCRIPT_PATH",
         Kind::Path,
         "scripts/setup_fallback_node.sh",
-        "The only program the daemon ever runs; must belong to root.",
+        "The only program the daemon ever runs; it and its directories must belong to root. Relative: below /usr/lib/dvpn.",
     ),
     contract(
         "FALLBACK_ORCHESTRATOR_URL",
@@ -199,7 +199,7 @@ pub static SETTINGS: &[Setting] = &[
         "FALLBACK_CA_CERT",
         Kind::Path,
         "",
-        "PEM roots that replace the system's for the orchestrator.",
+        "PEM roots that replace the system's (and SSL_CERT_FILE) for the orchestrator.",
     ),
     contract(
         "SSL_CERT_FILE",

@@ -33,7 +33,10 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!(config.mesh_sample_size, 3);
     assert!(!config.fallback.enabled && !config.node.register && !config.tray && !config.pool_private);
     assert!(config.auto_network_config && config.upnp);
-    assert_eq!(config.fallback.script, PathBuf::from("scripts/setup_fallback_node.sh"));
+    assert_eq!(
+        config.fallback.script,
+        PathBuf::from("/usr/lib/dvpn/scripts/setup_fallback_node.sh")
+    );
     assert_eq!(config.fallback.timeout, Duration::from_mins(2));
     assert_eq!((config.node.port, config.node.probe_port), (51820, 51821));
     assert_eq!(

@@ -48,6 +48,7 @@ impl Session {
             | Input::Verified(..)
             | Input::Approved(..)
             | Input::Provisioned(..)
+            | Input::LeaseExtended(..)
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
@@ -78,6 +79,7 @@ impl Session {
             | Input::Verified(..)
             | Input::Approved(..)
             | Input::Provisioned(..)
+            | Input::LeaseExtended(..)
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
@@ -87,13 +89,19 @@ impl Session {
         }
     }
 
-    pub(super) fn in_authorizing(&mut self, authorizing: Authorizing, input: Input) -> State {
+    pub(super) fn in_authorizing(&mut self, mut authorizing: Authorizing, input: Input) -> State {
         let ours = authorizing.question.attempt;
         match input {
             Input::Verified(attempt, verification) if attempt == ours => {
                 self.candidate_verified(authorizing, verification)
             }
             Input::Approved(attempt, answer) if attempt == ours => self.candidate_approved(authorizing, answer),
+            Input::LeaseExtended(attempt, until) if attempt == ours => {
+                if let Step::VerifyProvisioned(approval) = &mut authorizing.step {
+                    self.extend(approval, until);
+                }
+                State::Authorizing(authorizing)
+            }
             Input::Start(choice) => self.wish_anew(choice, ours, State::Authorizing(authorizing)),
             Input::Stop => self.stop_now(Some(ours)),
             Input::TokenChanged => {
@@ -111,6 +119,7 @@ impl Session {
             | Input::Verified(..)
             | Input::Approved(..)
             | Input::Provisioned(..)
+            | Input::LeaseExtended(..)
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
@@ -219,6 +228,7 @@ impl Session {
             | Input::Verified(..)
             | Input::Approved(..)
             | Input::Provisioned(..)
+            | Input::LeaseExtended(..)
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)

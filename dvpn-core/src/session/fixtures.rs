@@ -12,8 +12,8 @@ use jiff::Timestamp;
 use super::{Choice, SessionConfig};
 use crate::{
     Failure, Now, Retry,
-    approval::{Approval, PoolRequest},
-    directory::{Directory, Provider},
+    approval::{Approval, PoolRequest, ProvisionRequest},
+    directory::{Directory, Policy, Provider},
     payment::{self, Subscription, Verification},
 };
 
@@ -99,6 +99,26 @@ pub(crate) fn approval_at(address: &str, provider: &Provider, now: Now, time: Du
         now: now.wall,
     };
     Box::new(Approval::from_pool(&asked, 200, body.as_bytes()).unwrap())
+}
+
+/// A real approval at a provider that the orchestrator made, leased for `time`.
+pub(crate) fn leased(provider: &Provider, now: Now, time: Duration) -> Box<Approval> {
+    let until = now.wall.checked_add(time).unwrap();
+    let body = format!(
+        r#"{{"id":"{}","endpoint":"{}","public_key":"{}","address":"10.96.0.2/32","lease_id":"lease","lease_expires_at":"{until}"}}"#,
+        provider.id, provider.endpoint, provider.public_key
+    );
+    let asked = ProvisionRequest {
+        subscription: &subscription(now, Duration::from_hours(1000)),
+        client_key: &PublicKey::from_bytes([200; 32]).unwrap(),
+        policy: &Policy {
+            private_endpoints: true,
+            ..Policy::default()
+        },
+        static_addresses: &[],
+        now: now.wall,
+    };
+    Box::new(Approval::from_provision(&asked, body.as_bytes()).unwrap())
 }
 
 pub(crate) fn failure(retry: Retry) -> Failure {

@@ -7,6 +7,7 @@ use dvpn_common::{
     keys::PublicKey,
     status::ProbeMethod,
 };
+use jiff::Timestamp;
 
 use crate::{
     Failure,
@@ -123,6 +124,8 @@ pub enum Input {
     Approved(Attempt, Result<Box<Approval>, Failure>),
     /// The orchestrator made a provider, or did not. Its approval is complete: the answer was for our key.
     Provisioned(Attempt, Result<Box<Approval>, Failure>),
+    /// The orchestrator renewed the lease of this try's provider: its approval lasts until then.
+    LeaseExtended(Attempt, Timestamp),
     /// The tunnel interface stands, or does not.
     TunnelConfigured(Attempt, Result<(), Failure>),
     /// A handshake completed.

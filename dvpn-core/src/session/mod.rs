@@ -27,7 +27,9 @@
 //! An approval is renewed beside the running tunnel from half of its life on: verify, approve, then the tunnel goes over
 //! to the fresh key while it stands (`RenewTunnel`), and the state stays. Where the fresh approval gives other addresses,
 //! or the hand-over fails again and again, the same provider is connected anew under it (`Connected → Disconnecting →
-//! Connecting`). While no fresh approval is to be had the tunnel stays until the old one's end.
+//! Connecting`). While no fresh approval is to be had the tunnel stays until the old one's end. A provider that the
+//! orchestrator made is not the pool's to approve: whoever drives the session renews its lease and says so
+//! ([`Input::LeaseExtended`]), and returns it once [`Session::lease`] names it no more.
 
 mod busy;
 #[cfg(test)]
@@ -59,6 +61,7 @@ use state::{Idle, Renewal, State};
 
 use crate::{
     Failure, Now,
+    approval::Lease,
     audit::Event,
     directory::Directory,
     firewall::{self, Policy},
@@ -237,6 +240,12 @@ impl Session {
     /// Where the session is.
     pub fn state(&self) -> StateName {
         self.state.name()
+    }
+
+    /// The lease in use, which somebody has to renew and, once this is another or none, to return; and the number that
+    /// its `LeaseExtended` carries.
+    pub fn lease(&self) -> Option<(Attempt, &Lease)> {
+        self.state.lease()
     }
 
     /// What the firewall should be now, to be asserted again after somebody else changed it. Nothing before the first

@@ -83,9 +83,12 @@ impl Session {
         }
         let provider = tunnel.approval.provider().clone();
         match self.verified(provider.id.clone(), verification) {
-            // Asking again for what cannot last longer would only cut the connection.
-            Verdict::Paid(subscription) if subscription.valid_until() > tunnel.approval.expires_at() => {
-                let renews = tunnel.approval.is_from_pool().then(|| *tunnel.approval.client_key());
+            // Asking again for what cannot last longer would only cut the connection. The pool does not know a provider
+            // that the orchestrator made: its lease is renewed where it came from.
+            Verdict::Paid(subscription)
+                if subscription.valid_until() > tunnel.approval.expires_at() && tunnel.approval.is_from_pool() =>
+            {
+                let renews = Some(*tunnel.approval.client_key());
                 self.out
                     .push(Action::Approve(attempt, Box::new(provider), subscription, renews));
                 tunnel.renewal = Renewal::Approving(self.within(attempt, ANSWER_TIMEOUT));

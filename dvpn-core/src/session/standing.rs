@@ -20,6 +20,10 @@ impl Session {
                 self.abandon(ours, &connecting.approval, Then::Next(connecting.run, failure))
             }
             Input::HandshakeSeen(attempt) if attempt == ours => self.stand(ours, connecting.approval),
+            Input::LeaseExtended(attempt, until) if attempt == ours => {
+                self.extend(&mut connecting.approval, until);
+                State::Connecting(connecting)
+            }
             Input::Start(choice) => {
                 let changed = self.wish(choice);
                 if changed && !self.allows(connecting.approval.provider()) {
@@ -59,6 +63,7 @@ impl Session {
             | Input::Verified(..)
             | Input::Approved(..)
             | Input::Provisioned(..)
+            | Input::LeaseExtended(..)
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)
@@ -93,6 +98,10 @@ impl Session {
             Input::Verified(attempt, verification) => self.renewal_verified(tunnel, attempt, verification),
             Input::Approved(attempt, answer) => self.renewal_approved(tunnel, attempt, answer),
             Input::TunnelRenewed(attempt, answer) => self.renewed(tunnel, attempt, answer),
+            Input::LeaseExtended(attempt, until) if attempt == ours => {
+                self.extend(&mut tunnel.approval, until);
+                stays(tunnel)
+            }
             Input::Start(choice) => {
                 let changed = self.wish(choice);
                 if changed && !self.allows(tunnel.approval.provider()) {
@@ -132,6 +141,7 @@ impl Session {
             Input::Listed(..)
             | Input::Probed(..)
             | Input::Provisioned(..)
+            | Input::LeaseExtended(..)
             | Input::TunnelConfigured(..)
             // A handshake shows that the provider lives, not that traffic flows: the samples decide.
             | Input::HandshakeSeen(_)
@@ -240,6 +250,7 @@ impl Session {
             | Input::Verified(..)
             | Input::Approved(..)
             | Input::Provisioned(..)
+            | Input::LeaseExtended(..)
             | Input::TunnelConfigured(..)
             | Input::HandshakeSeen(_)
             | Input::TrafficSampled(..)

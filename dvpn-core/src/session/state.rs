@@ -6,7 +6,12 @@ use dvpn_common::status::StateName;
 use jiff::Timestamp;
 
 use super::{Attempt, Release, liveness::Liveness};
-use crate::{Failure, approval::Approval, directory::Provider, firewall::Phase};
+use crate::{
+    Failure,
+    approval::{Approval, Lease},
+    directory::Provider,
+    firewall::Phase,
+};
 
 /// Where the session is.
 #[derive(Debug)]
@@ -212,6 +217,26 @@ impl State {
             Self::Connecting(connecting) => Phase::Tunnel(connecting.approval.provider().endpoint),
             Self::Connected(tunnel) | Self::Degraded(tunnel) => Phase::Tunnel(tunnel.approval.provider().endpoint),
         }
+    }
+
+    /// The leased provider that it uses or is about to use, with the number its tunnel has or will have.
+    pub(super) fn lease(&self) -> Option<(Attempt, &Lease)> {
+        let (attempt, approval) = match self {
+            Self::Authorizing(authorizing) => match &authorizing.step {
+                Step::VerifyProvisioned(approval) => (authorizing.question.attempt, approval),
+                Step::Verify(_) | Step::Approve(_) => return None,
+            },
+            Self::Connecting(connecting) => (connecting.question.attempt, &connecting.approval),
+            Self::Connected(tunnel) | Self::Degraded(tunnel) => (tunnel.attempt, &tunnel.approval),
+            Self::Disconnected(_)
+            | Self::Discovering(_)
+            | Self::Probing(_)
+            | Self::Provisioning(_)
+            | Self::Disconnecting(_)
+            | Self::Backoff(_)
+            | Self::Blocked(_) => return None,
+        };
+        approval.lease().map(|lease| (attempt, lease))
     }
 
     /// Whom it uses or asks for.

@@ -211,11 +211,12 @@ impl Session {
         );
         if order.is_empty() {
             let offered = providers.len();
-            return self.back_off(Failure {
+            let nobody = Failure {
                 what: format!("none of the pool's {offered} providers is allowed by the choice"),
                 how: "widen PROVIDERS_ONLY, PROVIDERS_EXCLUDE or the choice given at start".into(),
                 retry: Retry::Backoff,
-            });
+            };
+            return self.give_up(nobody, false);
         }
         self.candidates.clear();
         self.probe(order, 1)

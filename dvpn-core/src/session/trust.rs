@@ -15,6 +15,8 @@ use crate::{
 /// An approval that ends sooner would be renewed without a pause.
 const MIN_APPROVAL_LIFE: SignedDuration = SignedDuration::from_secs(10);
 const MIN_RENEWAL_PAUSE: SignedDuration = SignedDuration::from_secs(5);
+/// No approval lives longer, and a leased provider's payment is looked at as often as one of the pool's.
+const LONGEST_WITHOUT_A_LOOK: SignedDuration = SignedDuration::from_hours(24);
 
 /// What a verification means for going on.
 pub(super) enum Verdict {
@@ -126,8 +128,21 @@ impl Session {
 
     /// Half of what is left of an approval, so that a renewal that fails has time to be tried again.
     pub(super) fn renew_later(&self, approval: &Approval) -> Renewal {
-        let left = approval.expires_at().duration_since(self.now.wall);
+        let end = match self.subscription {
+            // Its lease is short and renewed elsewhere; only the payment is looked at again.
+            Some(subscription) if !approval.is_from_pool() => subscription.valid_until(),
+            Some(_) | None => approval.expires_at(),
+        };
+        let left = end.duration_since(self.now.wall).min(LONGEST_WITHOUT_A_LOOK);
         let pause = (left / 2).max(MIN_RENEWAL_PAUSE);
         Renewal::Waiting(self.now.wall.checked_add(pause).unwrap_or(Timestamp::MAX))
+    }
+
+    /// The orchestrator renewed a lease: the approval lasts as long as that and the payment allow.
+    pub(super) fn extend(&mut self, approval: &mut Approval, until: Timestamp) {
+        let Some(subscription) = self.subscription else { return };
+        if let Err(error) = approval.extend_lease(&subscription, until, self.now.wall) {
+            self.problem = Some(error.into());
+        }
     }
 }

@@ -193,6 +193,17 @@ impl Watch {
                 }
                 awaited
             }
+            Input::LeaseExtended(attempt, until) => {
+                let given = self.approvals.get_mut(attempt);
+                match (given, self.subscriptions.last()) {
+                    // Refused or not: the machine is held against what the approval itself allows.
+                    (Some(approval), Some(subscription)) => {
+                        drop(approval.extend_lease(subscription, *until, now.wall));
+                        true
+                    }
+                    (Some(_), None) | (None, _) => false,
+                }
+            }
             Input::TunnelConfigured(attempt, _) => self.open.remove(&(*attempt, Kind::Configured)),
             Input::TunnelRenewed(attempt, answer) => {
                 let awaited = self.open.remove(&(*attempt, Kind::Renewed));
@@ -524,6 +535,7 @@ fn name_of(input: &Input) -> &'static str {
         Input::Verified(..) => "Verified",
         Input::Approved(..) => "Approved",
         Input::Provisioned(..) => "Provisioned",
+        Input::LeaseExtended(..) => "LeaseExtended",
         Input::TunnelConfigured(..) => "TunnelConfigured",
         Input::HandshakeSeen(_) => "HandshakeSeen",
         Input::TrafficSampled(..) => "TrafficSampled",

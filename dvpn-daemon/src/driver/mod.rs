@@ -14,6 +14,7 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 use dvpn_common::{ids::ProviderId, keys::PublicKey, status::Status};
 use dvpn_core::{
     Now,
+    approval::Approval,
     audit::Event,
     config::Config,
     session::{Action, Attempt, Choice, Input, Restored, Session},
@@ -29,6 +30,7 @@ use crate::{
     audit::Audit,
     control::{Command, metrics::Metrics},
     ebpf,
+    fallback::{Fallback, lease::Leases},
     host::Host,
     http::{Payment, Pool},
     socks5::{TunnelPath, TunnelWatch},
@@ -79,6 +81,7 @@ pub struct Driver {
     autostart: bool,
     inputs: mpsc::Receiver<Input>,
     requests: Requests,
+    leases: Leases,
     running: HashMap<Attempt, AbortHandle>,
     orders: mpsc::Sender<Order>,
     keys: Keys,
@@ -145,6 +148,7 @@ impl Driver {
             counters: Arc::clone(&parts.counters),
         };
         let orders = device::spawn(surroundings, inputs_sender.clone(), path.clone());
+        let leases = Leases::new(inputs_sender.clone());
         let requests = Requests::new(&parts, keys.clone(), inputs_sender);
         let choice = parts.config.choice.clone();
         let session = Session::new(requests.session_config(&parts.config).await, seed, restored, now());
@@ -155,6 +159,7 @@ impl Driver {
             autostart,
             inputs,
             requests,
+            leases,
             running: HashMap::new(),
             orders,
             keys,
@@ -191,6 +196,7 @@ impl Driver {
                 Some(input) = self.inputs.recv() => self.feed(input),
                 Some(command) = commands.recv() => {
                     if let Some(ended) = self.obey(command).await {
+                        self.leases.end().await;
                         return ended;
                     }
                 }
@@ -208,7 +214,23 @@ impl Driver {
     }
 
     fn feed(&mut self, input: Input) {
+        if let Input::Provisioned(_, Ok(approval)) = &input {
+            self.hold_lease(approval);
+        }
         self.session.handle_input(input, now());
+    }
+
+    /// Takes the lease of a provider that was just made, whether or not the session still wants it: it is to be returned.
+    fn hold_lease(&mut self, approval: &Approval) {
+        if let (Some(lease), Some(token), Some(fallback)) = (
+            approval.lease(),
+            self.requests.lease_token(),
+            Fallback::new(&self.parts.config),
+        ) {
+            let orchestrator = fallback.orchestrator();
+            self.leases
+                .hold(lease.clone(), approval.expires_at(), token, orchestrator);
+        }
     }
 
     /// The configuration as the session must know it: whether a token is there decides `not_configured`.
@@ -260,6 +282,7 @@ impl Driver {
         while let Some(action) = self.session.poll_action() {
             self.act(action).await;
         }
+        self.leases.follow(self.session.lease());
         if self.configured && status::is_at_rest(self.session.state()) {
             self.clear().await;
         }
@@ -285,7 +308,8 @@ impl Driver {
                 self.running.insert(attempt, task);
             }
             Action::Provision(attempt, subscription) => {
-                let task = self.requests.provision(attempt, subscription);
+                let fallback = Fallback::new(&self.parts.config);
+                let task = self.requests.provision(attempt, subscription, fallback);
                 self.running.insert(attempt, task);
             }
             Action::Cancel(attempt) => {
@@ -384,7 +408,8 @@ impl Driver {
         let held = self.session.held();
         self.clear().await;
         let released = futures::future::join_all(held.into_iter().map(|release| self.requests.release(release)));
-        if tokio::time::timeout(LAST_RELEASE, released).await.is_err() {
+        let (released, ()) = tokio::join!(tokio::time::timeout(LAST_RELEASE, released), self.leases.end());
+        if released.is_err() {
             tracing::info!("the pool is not told in time that the connection has ended: it finds out by itself");
         }
         if !self.parts.config.tunnel.lockdown

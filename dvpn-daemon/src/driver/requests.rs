@@ -1,5 +1,7 @@
 //! The questions the session asks of others, each a task that answers with one input.
 
+mod provision;
+
 use std::{
     collections::HashMap,
     net::SocketAddr,
@@ -7,7 +9,7 @@ use std::{
 };
 
 use dvpn_common::{
-    ids::ProviderId,
+    ids::{ProviderId, UserId},
     keys::{PrivateKey, PublicKey, VerifyingKey},
 };
 use dvpn_core::{
@@ -77,6 +79,8 @@ pub(super) struct Shared {
     token: Mutex<Arc<OnceCell<Option<Secret>>>>,
     /// The last yes of the payment server, and the token it was for.
     verified: Mutex<Option<(Subscription, Secret)>>,
+    user_id: Option<UserId>,
+    lease_token: Mutex<Option<Secret>>,
 }
 
 /// Asks; clones share everything.
@@ -167,6 +171,8 @@ impl Requests {
             given_token: config.payment_token.clone(),
             token: Mutex::default(),
             verified: Mutex::default(),
+            user_id: config.user_id.clone(),
+            lease_token: Mutex::default(),
         };
         Self {
             shared: Arc::new(shared),
@@ -230,17 +236,6 @@ impl Requests {
     pub(super) fn release(&self, release: Release) -> tokio::task::JoinHandle<()> {
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move { shared.release(release).await })
-    }
-
-    pub(super) fn provision(&self, attempt: Attempt, _subscription: Subscription) -> AbortHandle {
-        self.spawn(async move {
-            let failure = Failure {
-                what: "fallback providers are not in this release".to_owned(),
-                how: "set FALLBACK_ENABLED=false".to_owned(),
-                retry: Retry::Backoff,
-            };
-            Input::Provisioned(attempt, Err(failure))
-        })
     }
 
     /// What the session must know of the configuration, the stored token included.

@@ -220,3 +220,35 @@ fn help_names_every_setting_that_is_no_secret() {
         );
     }
 }
+
+#[test]
+fn a_fallback_is_checked_before_it_is_needed() {
+    let (directory, file) = with_file("");
+    let check = |list: &[(&str, &str)]| arguments(&[&file]).unwrap().load(variables(list));
+    let missing = failure(check(&[
+        ("FALLBACK_ENABLED", "true"),
+        ("FALLBACK_SCRIPT_PATH", "/nonexistent/script"),
+    ]));
+    assert!(missing.contains("FALLBACK_ORCHESTRATOR_URL"), "{missing}");
+    let script = private(&directory, "script.sh", "#!/bin/sh\n", 0o777);
+    let on = [
+        ("FALLBACK_ENABLED", "true"),
+        ("FALLBACK_SCRIPT_PATH", script.as_str()),
+        ("FALLBACK_ORCHESTRATOR_URL", "https://orchestrator.example"),
+    ];
+    let writable = failure(check(&on));
+    assert!(
+        writable.contains("0777") && writable.contains("chmod go-w"),
+        "{writable}"
+    );
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    assert!(check(&on).is_ok());
+    fs::remove_file(&script).unwrap();
+    let gone = failure(check(&on));
+    assert!(
+        gone.contains("FALLBACK_SCRIPT_PATH") && gone.contains("does not open"),
+        "{gone}"
+    );
+    let off = [("FALLBACK_SCRIPT_PATH", script.as_str())];
+    assert!(check(&off).is_ok(), "nothing is looked at while the fallback is off");
+}

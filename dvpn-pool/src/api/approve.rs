@@ -66,6 +66,25 @@ async fn decide(pool: &Arc<Pool>, body: ApproveRequest) -> Result<ApproveRespons
     pool.approvals
         .take(&wish.token, Instant::now())
         .map_err(Refusal::too_many)?;
+    let row = admit(pool, &wish, first_use).await?;
+    let networks = pool.networks(wish.node.index);
+    let addresses = networks.of_client(row.host);
+    Ok(ApproveResponse {
+        approved: Some(true),
+        provider_id: Some(wish.node.id.to_string()),
+        address: addresses.first().copied(),
+        addresses: Some(addresses),
+        gateways: Some(networks.gateways()),
+        expires_at: Some(wish.expires_at),
+        approval: Some(STANDARD.encode(&row.approval)),
+        signature: Some(STANDARD.encode(row.signature)),
+        error: None,
+    })
+}
+
+/// Makes the client a peer of the node. Only once the node has said so this is an approval; every other one of the token
+/// goes then.
+pub(crate) async fn admit(pool: &Arc<Pool>, wish: &NewApproval, first_use: bool) -> Result<ApprovalRow, Refusal> {
     let Some(claim) = pool.claim_token(wish.token) else {
         return Err(Refusal::unavailable("another approval for this token is under way"));
     };
@@ -102,19 +121,19 @@ async fn decide(pool: &Arc<Pool>, body: ApproveRequest) -> Result<ApproveRespons
     if !stands {
         return Err(Refusal::unavailable("the approval was taken back meanwhile; try again"));
     }
-    let networks = pool.networks(wish.node.index);
-    let addresses = networks.of_client(row.host);
-    Ok(ApproveResponse {
-        approved: Some(true),
-        provider_id: Some(wish.node.id.to_string()),
-        address: addresses.first().copied(),
-        addresses: Some(addresses),
-        gateways: Some(networks.gateways()),
-        expires_at: Some(wish.expires_at),
-        approval: Some(STANDARD.encode(&row.approval)),
-        signature: Some(STANDARD.encode(row.signature)),
-        error: None,
-    })
+    Ok(row)
+}
+
+/// A token that this pool gave out, that the operator has not taken back, and that is paid at `now`.
+pub(crate) async fn paid_token(pool: &Pool, token: &TokenHash, now: Timestamp) -> Result<Token, Refusal> {
+    let known = paid(pool, token).await?;
+    if known.expires_at <= now {
+        return Err(Refusal::new(
+            StatusCode::PAYMENT_REQUIRED,
+            format!("the subscription ended at {}: pay for another month", known.expires_at),
+        ));
+    }
+    Ok(known)
 }
 
 /// Whether this may be asked at all. What the client says of its own approval is not read.
@@ -124,22 +143,19 @@ async fn check(pool: &Pool, body: &ApproveRequest) -> Result<Wish, Refusal> {
             "`client_public_key` is missing: this pool approves one WireGuard key",
         ));
     };
-    let token = sha256(body.token.as_bytes());
-    check_proof(pool, body, &client_key, &token)?;
-    let known = paid(pool, &token).await?;
     let now = Timestamp::now();
     let issued_at = Timestamp::from_second(now.as_second()).unwrap_or(now);
-    if known.expires_at <= now {
-        return Err(Refusal::new(
-            StatusCode::PAYMENT_REQUIRED,
-            format!("the subscription ended at {}: pay for another month", known.expires_at),
-        ));
-    }
+    let token = sha256(body.token.as_bytes());
+    check_proof(pool, body, &client_key, &token)?;
+    let known = paid_token(pool, &token, now).await?;
     let unknown = || Refusal::not_found("the pool has no such provider: fetch the list again");
     let id: ProviderId = body.provider_id.parse().ok().ok_or_else(unknown)?;
     let node = pool.live.node(&id).ok_or_else(unknown)?;
     if let Some(reason) = pool.live.unready(&id, Instant::now()) {
         tracing::debug!(node = %id, reason, "asked for while not listed");
+        return Err(Refusal::unavailable("the provider is not ready; take another one"));
+    }
+    if pool.live.is_standby(&id) {
         return Err(Refusal::unavailable("the provider is not ready; take another one"));
     }
     if node.public_key == client_key {

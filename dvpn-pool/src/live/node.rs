@@ -8,7 +8,7 @@ use std::{
 use dvpn_common::{contract::Reachability, keys::PublicKey};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{AckResult, NodeEvent};
+use super::{AckResult, NodeEvent, standby};
 use crate::{config::Timing, reach::Unreached, store::Node};
 
 /// How long a completed check is believed.
@@ -49,6 +49,8 @@ pub(super) struct LiveNode {
     /// A change that was not acknowledged in time; cleared by an acknowledgement of it, or by a new stream.
     pub(super) stalled_at: Option<u64>,
     pub(super) waiters: Vec<Waiter>,
+    /// The operator keeps it for the orchestrator.
+    pub(super) standby: bool,
     pub(super) listed: bool,
     pub(super) was_listed: bool,
 }
@@ -71,6 +73,7 @@ impl LiveNode {
             unreached: None,
             stalled_at: None,
             waiters: Vec::new(),
+            standby: false,
             listed: false,
             was_listed: false,
         }
@@ -78,6 +81,12 @@ impl LiveNode {
 
     /// Why clients are not shown this node; nothing if they are.
     pub(super) fn obstacle(&self, open_registration: bool, timing: &Timing, now: Instant) -> Option<String> {
+        self.closed(open_registration, timing, now)
+            .or_else(|| self.standby.then(|| standby::REASON.to_owned()))
+    }
+
+    /// Why no new client can be brought to this node, on standby or not.
+    pub(super) fn closed(&self, open_registration: bool, timing: &Timing, now: Instant) -> Option<String> {
         self.unready(open_registration, timing, now).or_else(|| {
             self.node
                 .draining

@@ -3,6 +3,7 @@
 mod approvals;
 mod changes;
 mod checkouts;
+mod leases;
 mod nodes;
 mod plan;
 mod rotations;
@@ -26,6 +27,7 @@ use sqlx::{
 
 pub use changes::Batch;
 pub use checkouts::{CheckoutRow, OpenOutcome};
+pub use leases::LeaseRow;
 pub use nodes::{Node, RegisterOutcome};
 pub use plan::{Acknowledgement, ApprovalRow, ApproveOutcome, NewApproval, ReleaseOutcome, Removed};
 pub use tokens::Token;

@@ -10,6 +10,7 @@
 )]
 
 mod approvals;
+mod leases;
 mod node;
 mod nodes;
 mod operator;

@@ -233,6 +233,7 @@ impl TestPool {
             open_registration: true,
             private_endpoints: true,
             payment_url: None,
+            orchestrator: None,
             max_connections: 4096,
             limits: Limits::default(),
             timing: Timing::default(),

@@ -1,6 +1,7 @@
 //! Tests of the machine as a whole, from outside.
 
 mod edges;
+mod lease;
 mod properties;
 mod table;
 
@@ -9,7 +10,7 @@ use std::time::Duration;
 use dvpn_common::status::{ProbeMethod, StateName};
 
 use super::{
-    fixtures::{after, approval, approval_at, config, directory, failure, paid, provider, start},
+    fixtures::{after, approval, approval_at, config, directory, failure, leased, paid, provider, start},
     *,
 };
 use crate::{Retry, payment::Verification, sim::watch::Watch};

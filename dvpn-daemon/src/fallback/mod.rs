@@ -1,0 +1,93 @@
+//! The provider that is made for us when the pool fails: the one program this daemon runs, and the lease of what it got.
+//!
+//! | module | does |
+//! |---|---|
+//! | [`script`] | opens the program, and refuses one that somebody else could have written |
+//! | `run` | runs it: bounded in time, output and surroundings |
+//! | [`lease`] | renews and returns what the orchestrator lent |
+//!
+//! The program reads a [`ProvisionRequest`] on its standard input and prints a `ProvisionResponse`. The token is in
+//! neither its arguments nor its environment, where others could read it. What it prints is believed by
+//! `dvpn_core::approval` or not at all.
+
+mod error;
+pub mod lease;
+mod run;
+pub mod script;
+#[cfg(test)]
+mod tests;
+
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+use dvpn_common::contract::ProvisionRequest;
+use dvpn_core::config::{Config, Secret};
+use url::Url;
+use zeroize::Zeroizing;
+
+pub use error::Error;
+pub use script::{Script, Untrusted};
+
+use crate::http::{Client, Options};
+
+/// Where the program's own programs are looked for.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What is needed to ask for a provider.
+#[derive(Debug, Clone)]
+pub struct Fallback {
+    script: PathBuf,
+    url: Url,
+    ca_file: Option<PathBuf>,
+    timeout: Duration,
+}
+
+impl Fallback {
+    /// As configured; nothing if the fallback is off.
+    pub fn new(config: &Config) -> Option<Self> {
+        let url = config.fallback.orchestrator_url.clone()?;
+        config.fallback.enabled.then(|| Self {
+            script: config.fallback.script.clone(),
+            url,
+            ca_file: config.fallback.ca_cert.clone().or_else(|| config.ssl_cert_file.clone()),
+            timeout: config.fallback.timeout,
+        })
+    }
+
+    /// How long the program may take.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// The client that keeps what the program got.
+    pub fn orchestrator(&self) -> lease::Orchestrator {
+        let options = Options {
+            ca_file: self.ca_file.clone(),
+        };
+        lease::Orchestrator::new(Client::new(options), self.url.clone())
+    }
+
+    /// Runs the program and returns what it printed. Dropping the future kills it, and everything in its process group.
+    pub async fn provision(&self, request: &ProvisionRequest) -> Result<Vec<u8>, Error> {
+        let path = self.script.clone();
+        // Some stat calls, on whatever file system the operator chose.
+        let script = tokio::task::spawn_blocking(move || Script::open(&path))
+            .await
+            .map_err(|source| Error::Interrupted { source })??;
+        let input = Zeroizing::new(serde_json::to_vec(request).map_err(|source| Error::Encode { source })?);
+        let secret = Secret::new(request.token.as_str());
+        run::run(&script, &self.environment(), &input, &secret, self.timeout).await
+    }
+
+    /// Everything the program is told besides the request.
+    fn environment(&self) -> Vec<(&'static str, OsString)> {
+        let mut environment = vec![
+            ("PATH", PATH.into()),
+            ("LANG", "C".into()),
+            ("FALLBACK_ORCHESTRATOR_URL", self.url.as_str().into()),
+        ];
+        if let Some(file) = &self.ca_file {
+            environment.push(("FALLBACK_CA_CERT", file.into()));
+        }
+        environment
+    }
+}

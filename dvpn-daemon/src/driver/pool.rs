@@ -206,8 +206,9 @@ impl Shared {
             renews: renews.filter(|old| *old != client_key),
         };
         let (mut status, mut body) = self.ask(&asking, false).await?;
-        // The pool may have forgotten a challenge that was held: it is asked for a new one, once.
-        if matches!(status, 400 | 403 | 409 | 422) && self.challenge(false).await?.is_some() {
+        // A pool that was restarted, or is another one behind the same name, has forgotten the challenge that is held: it
+        // is asked for a new one, once.
+        if matches!(status, 400 | 401 | 403 | 409 | 422) && self.challenge(false).await?.is_some() {
             (status, body) = self.ask(&asking, true).await?;
         }
         let mut slot = self.known.record.lock().await;

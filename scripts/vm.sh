@@ -3,7 +3,8 @@
 #
 #   scripts/vm.sh KERNEL FOLDER
 #
-# KERNEL is 6.1 (Debian 12) or 6.12 (its backports). FOLDER holds the program or script `run`, and all it needs; it is
+# KERNEL is `release`, that of this machine's own Debian (6.1 on Debian 12), or `backports` (6.12 there): programs built
+# here find the same libraries in the machine. FOLDER holds the program or script `run`, and all it needs; it is
 # copied into the machine as /brought, read-only. Its output comes on stdout; its exit status is this script's, or 125
 # when the machine did not come as far. DVPN_VM_SECONDS (480) limits the run.
 #
@@ -14,29 +15,31 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=lib/toolchain.sh
 . scripts/lib/toolchain.sh
+: "${cache:?}"
 
 readonly LIMIT=${DVPN_VM_SECONDS:-480}
 readonly BUILD_LIMIT=900
+readonly KERNEL=linux-image-cloud-amd64
 readonly PACKAGES=kmod,iproute2,iputils-ping,procps,ethtool,nftables,wireguard-tools,openssl,ca-certificates,curl,dbus,systemd,initramfs-tools
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
 
-# The mirror that apt uses for Debian 12 here.
+# mirror RELEASE: where apt gets it from here.
 mirror() {
   local found
   # shellcheck disable=SC2016 # apt's own variable
-  found=$(apt-get indextargets --format '$(SITE)' 'Codename: bookworm' 'Origin: Debian' 2>/dev/null | head -n 1 || true)
+  found=$(apt-get indextargets --format '$(SITE)' "Codename: $1" 'Origin: Debian' 2>/dev/null | head -n 1 || true)
   echo "${found:-http://deb.debian.org/debian}"
 }
 
-# image SUITE PACKAGE: the folder with disk, kernel and initrd; it appears whole or not at all.
+# image RELEASE SUITE: the folder with disk, kernel and initrd; it appears whole or not at all.
 image() {
-  local suite=$1 package=$2 site version key folder work
-  site=$(mirror)
-  version=$(apt-cache policy "$package" 2>/dev/null | awk '$1 == "Candidate:" { print $2 }')
+  local release=$1 suite=$2 site version key folder work
+  site=$(mirror "$release")
+  version=$(apt-cache policy "$KERNEL" 2>/dev/null | awk '$1 == "Candidate:" { print $2 }')
   key=$({
-    echo "$suite $package $PACKAGES ${version:-any}"
-    cat scripts/vm/init
+    echo "$release $suite $KERNEL $PACKAGES ${version:-any}"
+    cat scripts/vm/*
   } | sha256sum | cut -c 1-16)
   folder=$cache/vm-$suite-$key
   if [[ ! -e $folder/disk.ext4 ]]; then
@@ -44,8 +47,8 @@ image() {
     work=$(mktemp -d "$cache/vm-building.XXXXXX")
     # The work stays nowhere, whatever happens.
     trap 'rm -rf "$work"' RETURN
-    quietly "Building the virtual machine's disk ($suite, $package)" \
-      timeout "$BUILD_LIMIT" bash -euo pipefail scripts/vm/build.sh "$work" "$site" "$suite" "$package" "$PACKAGES" >&2 ||
+    quietly "Building the virtual machine's disk ($suite)" \
+      timeout "$BUILD_LIMIT" scripts/vm/build.sh "$work" "$site" "$release" "$suite" "$KERNEL" "$PACKAGES" >&2 ||
       die "the virtual machine's disk could not be built"
     # Another run may have been quicker.
     mv -T "$work/image" "$folder" 2>/dev/null || [[ -e $folder/disk.ext4 ]] || die "$folder could not be put in place"
@@ -54,19 +57,20 @@ image() {
 }
 
 main() {
-  local kernel=${1-} brought=${2-} folder work status
+  local kernel=${1-} brought=${2-} release suite folder work status
   [[ -n $kernel && -x $brought/run ]] || {
     usage >&2
     exit 2
   }
   ((EUID == 0)) || die "building the machine's disk needs root: sudo scripts/vm.sh …"
+  release=$(. /etc/os-release && [[ $ID == debian ]] && echo "$VERSION_CODENAME") || die "this is no Debian"
   case $kernel in
-  6.1) set -- bookworm linux-image-cloud-amd64 ;;
-  6.12) set -- bookworm-backports linux-image-cloud-amd64 ;;
-  *) die "no kernel $kernel; there are 6.1 and 6.12" ;;
+  release) suite=$release ;;
+  backports) suite=$release-backports ;;
+  *) die "no kernel $kernel; there are release and backports" ;;
   esac
   packages "the virtual machine" qemu-system-x86 mmdebstrap e2fsprogs >&2
-  folder=$(image "$@")
+  folder=$(image "$release" "$suite")
   work=$(mktemp -d)
   # shellcheck disable=SC2064 # the folder as it is now
   trap "rm -rf '$work'" EXIT

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use dvpn_common::status::TunnelBackend;
-use dvpn_daemon::tunnel::{self, Error, PeerStats, Tunnel, userspace::UserspaceTunnel};
+use dvpn_daemon::tunnel::{self, Error, PeerConfig, PeerStats, Renewal, Tunnel, userspace::UserspaceTunnel};
 use ipnetwork::IpNetwork;
 
 use crate::{
@@ -213,6 +213,77 @@ fn both_backends_understand_each_other() -> Result<()> {
     pair.transfer("10.88.0.2", 1 << 18, SOON)?;
     let tunnel = pair.tunnels[0].clone();
     pair.sides[0].run(async move { tunnel.force_handshake(key(2).1, SOON).await })??;
+    pair.transfer("10.88.0.2", 1 << 16, SOON)?;
+    Ok(())
+}
+
+/// Seed of the client's next key.
+const NEXT: u8 = 11;
+
+fn renewal() -> Renewal {
+    Renewal {
+        private_key: key(NEXT).0,
+        peer: config(1, Setup::default()).peers.remove(0),
+        source: "10.88.0.1".parse().expect("an address"),
+        gateway: "10.88.0.2".parse().expect("an address"),
+    }
+}
+
+#[test]
+fn a_renewal_goes_over_to_the_new_key_and_totals_go_on() -> Result<()> {
+    let pair = pair(Setup::default())?;
+    pair.transfer("10.88.0.2", 1 << 16, SOON)?;
+    let before = stats_of(&pair, 0, 2)?;
+    // A provider gives the addresses to the new key at its first handshake.
+    let provider = pair.tunnels[1].clone();
+    let (told, moved) = std::sync::mpsc::channel();
+    pair.sides[1].spawn(async move {
+        let follow = async {
+            let mut next = config(2, Setup::default()).peers.remove(0);
+            next.public_key = key(NEXT).1;
+            let bare = PeerConfig {
+                allowed_ips: Vec::new(),
+                ..next.clone()
+            };
+            provider.set_peers(vec![bare]).await?;
+            told.send(()).ok();
+            loop {
+                let stats = provider.stats().await?;
+                let shaken = |peer: &PeerStats| peer.public_key == key(NEXT).1 && peer.last_handshake.is_some();
+                if stats.iter().any(shaken) {
+                    provider.set_peers(vec![next]).await?;
+                    return provider.remove_peer(key(1).1).await;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        assert!(follow.await.is_ok());
+        told.send(()).ok();
+    });
+    moved.recv_timeout(SOON)?;
+    let tunnel = pair.tunnels[0].clone();
+    pair.sides[0].run(async move { tunnel.renew(renewal()).await })??;
+    moved.recv_timeout(SOON)?;
+    pair.transfer("10.88.0.2", 1 << 16, SOON)?;
+    let ours = pair.sides[0].sh(&format!("wg show {INTERFACE} public-key"))?;
+    ensure!(ours.trim() == key(NEXT).1.to_string(), "the key in use is {ours}");
+    let after = stats_of(&pair, 0, 2)?;
+    ensure!(
+        after.rx_bytes >= before.rx_bytes + (1 << 16) && after.tx_bytes >= before.tx_bytes + (1 << 16),
+        "{before:?} became {after:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_renewal_that_the_provider_does_not_follow_leaves_the_old_key_in_use() -> Result<()> {
+    let pair = pair(Setup::default())?;
+    pair.transfer("10.88.0.2", 1 << 16, SOON)?;
+    let tunnel = pair.tunnels[0].clone();
+    let refused = pair.sides[0].run(async move { tunnel.renew(renewal()).await })?;
+    ensure!(matches!(refused, Err(Error::NoHandshake(..))), "{refused:?}");
+    let ours = pair.sides[0].sh(&format!("wg show {INTERFACE} public-key"))?;
+    ensure!(ours.trim() == key(1).1.to_string(), "the key in use is {ours}");
     pair.transfer("10.88.0.2", 1 << 16, SOON)?;
     Ok(())
 }

@@ -192,8 +192,9 @@ pub trait Tunnel: Send + Sync {
     fn force_handshake(&self, peer: PublicKey, timeout: Duration) -> BoxFuture<'_, Result<(), Error>>;
     /// Replaces the outer socket.
     fn rebind(&self) -> BoxFuture<'_, Result<(), Error>>;
-    /// Goes over to a new key while traffic flows, without losing a packet. After an error the old key is in use as
-    /// before. Takes some round trips and half a second.
+    /// Goes over to a new key while traffic flows. After an error the old key is in use as before. Takes some round trips
+    /// and half a second. In userspace no packet is lost; in the kernel those are that the peer receives under the new
+    /// key before it has given our addresses to it, and those beyond 128 that are sent until hands are shaken.
     fn renew(&self, renewal: Renewal) -> BoxFuture<'_, Result<(), Error>>;
     /// The outer port in use.
     fn listen_port(&self) -> BoxFuture<'_, Result<u16, Error>>;

@@ -161,6 +161,19 @@ impl Device {
         Ok(None)
     }
 
+    /// Goes over to another private key and returns the one before. Sessions end for sending only: what is under way to
+    /// us still passes.
+    pub(super) fn replace_key(&mut self, next: PrivateKey) -> Result<PrivateKey, Error> {
+        let last = std::mem::replace(&mut self.private_key, next);
+        match self.set_key(true) {
+            Ok(()) => Ok(last),
+            Err(error) => {
+                self.private_key = last;
+                Err(error)
+            }
+        }
+    }
+
     /// A new outer socket: of another port, or of the configured one. The kernel does nothing for a port that it has.
     pub(super) fn rebind(&mut self) -> Result<(), Error> {
         self.set(vec![WireguardAttribute::ListenPort(0)])?;

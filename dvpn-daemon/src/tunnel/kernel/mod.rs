@@ -23,11 +23,13 @@ use tokio::{
 
 use self::device::Device;
 pub(super) use self::link::Link;
-use super::{Error, PeerConfig, PeerStats, Tunnel, TunnelConfig};
+use super::{Error, PeerConfig, PeerStats, Renewal, Tunnel, TunnelConfig};
 
 /// How soon an unanswered initiation is repeated while somebody waits for a handshake; each time twice as long. By
 /// itself WireGuard repeats after 5 s.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
+/// How long the peer may take to answer under a new key.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(3);
 /// The first and the longest pause between two looks whether hands were shaken: nothing reports it.
 const LOOK_AFTER: Duration = Duration::from_millis(2);
 const LOOK_AT_LEAST_EVERY: Duration = Duration::from_millis(50);
@@ -118,6 +120,29 @@ impl KernelTunnel {
             .unwrap_or_else(|_elapsed| Err(Error::NoHandshake(peer, patience)))
     }
 
+    /// The kernel keeps up to 128 packets for the peer until hands are shaken (`MAX_STAGED_PACKETS` in
+    /// drivers/net/wireguard/messages.h) and sends them then, which may be before the peer has given our addresses to
+    /// the new key.
+    async fn hand_over(&self, renewal: Renewal) -> Result<(), Error> {
+        let Renewal {
+            private_key,
+            peer,
+            source: _,
+            gateway: _,
+        } = renewal;
+        let key = peer.public_key;
+        let last = self.work(move |device| device.replace_key(private_key)).await?;
+        if let Err(error) = self.shake_hands(key, HAND_OVER_LIMIT).await {
+            self.work(move |device| {
+                device.replace_key(last)?;
+                device.begin_handshake(key)
+            })
+            .await?;
+            return Err(error);
+        }
+        self.set_peers(vec![peer]).await
+    }
+
     async fn wait_for_handshake(
         &self,
         peer: PublicKey,
@@ -168,6 +193,10 @@ impl Tunnel for KernelTunnel {
 
     fn rebind(&self) -> BoxFuture<'_, Result<(), Error>> {
         Box::pin(self.work(Device::rebind))
+    }
+
+    fn renew(&self, renewal: Renewal) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(self.hand_over(renewal))
     }
 
     fn listen_port(&self) -> BoxFuture<'_, Result<u16, Error>> {

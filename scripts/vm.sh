@@ -85,7 +85,7 @@ main() {
     -append "root=/dev/vda rw console=ttyS0 quiet panic=-1 mitigations=off init=/usr/local/sbin/vm-init" \
     -drive "file=$folder/disk.ext4,format=raw,if=virtio" -drive "file=$work/brought.ext4,format=raw,if=virtio" \
     -display none -serial "file:$work/console" -serial stdio -monitor none -no-reboot -nic none \
-    </dev/null | tr -d '\r' | tee "$work/output" | sed -u '/^vm-exit-status [0-9]*$/d' || status=$?
+    </dev/null | sed -u 's/\r$//' | tee "$work/output" | sed -u '/^vm-exit-status [0-9]*$/d' || status=$?
   local told
   told=$(sed -n 's/^vm-exit-status \([0-9]*\)$/\1/p' "$work/output" | tail -n 1)
   if [[ -z $told ]]; then

@@ -87,7 +87,7 @@ impl Drop for Link {
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
             Err(error) => {
-                tracing::warn!(index = self.index, %error, "the tunnel's link is left: dvpn-daemon --cleanup")
+                tracing::warn!(index = self.index, %error, "the tunnel's link is left: dvpn-daemon --cleanup");
             }
         }
     }

@@ -16,7 +16,7 @@ use netlink_packet_wireguard::{
     WireguardAddressFamily, WireguardAllowedIp, WireguardAllowedIpAttr, WireguardAttribute, WireguardCmd,
     WireguardMessage, WireguardPeer, WireguardPeerAttribute, WireguardPeerFlags,
 };
-use zeroize::{Zeroize as _, Zeroizing};
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::tunnel::PeerConfig;
 
@@ -167,7 +167,7 @@ impl Target {
             }
         });
         let bytes = Zeroizing::new(finish(NLM_F_ACK, &mut message));
-        fill(&mut message, |bytes| bytes.zeroize());
+        fill(&mut message, Zeroize::zeroize);
         bytes
     }
 

@@ -115,9 +115,7 @@ impl KernelTunnel {
                 retry *= 2;
             }
         });
-        shaken
-            .await
-            .unwrap_or_else(|_elapsed| Err(Error::NoHandshake(peer, patience)))
+        shaken.await.unwrap_or(Err(Error::NoHandshake(peer, patience)))
     }
 
     /// The kernel keeps up to 128 packets for the peer until hands are shaken (`MAX_STAGED_PACKETS` in

@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-/// The kernel fills at most 32 KiB of a dump at once (`netlink_dump` in net/netlink/af_netlink.c).
+/// The kernel fills at most 32 KiB of a dump at once (`netlink_dump` in `net/netlink/af_netlink.c`).
 const ROOM_BYTES: usize = 1 << 16;
 /// Where the sequence number stands in a message (`struct nlmsghdr`).
 const SEQUENCE: std::ops::Range<usize> = 8..12;

@@ -85,7 +85,7 @@ proptest! {
         let mut replaced = HashMap::new();
         for chunk in chunks(set(&wanted)) {
             prop_assert!(!chunk.is_empty() && chunk.len() <= 200, "{} peers in a message", chunk.len());
-            prop_assert!(chunk.as_slice().buffer_len() + 4 <= usize::from(u16::MAX));
+            prop_assert!(u16::try_from(chunk.as_slice().buffer_len() + 4).is_ok(), "nla_len wraps");
             for peer in &chunk {
                 let Some(WireguardPeerAttribute::PublicKey(key)) = peer.first() else {
                     return Err(TestCaseError::fail("a peer begins with its key"));
@@ -219,9 +219,12 @@ fn waking_a_peer_leaves_its_keepalive_as_it_was() {
             .concat()
             .iter()
             .flat_map(|peer| peer.0.clone())
-            .filter_map(|attribute| match attribute {
-                WireguardPeerAttribute::PersistentKeepalive(seconds) => Some(seconds),
-                _ => None,
+            .filter_map(|attribute| {
+                if let WireguardPeerAttribute::PersistentKeepalive(seconds) = attribute {
+                    Some(seconds)
+                } else {
+                    None
+                }
             })
             .collect();
         assert_eq!(intervals, [0, keepalive.max(1), keepalive]);

@@ -5,6 +5,7 @@
 #
 #   pure    unit, property and simulation tests of every crate; any user
 #   netns   whole processes in network namespaces: tunnel, host, hostile, ebpf, netns; root, this kernel
+#   vm      kernel WireGuard and the whole chain on it, on Debian's own kernel in QEMU (scripts/vm.sh); root
 #   fuzz    each fuzz target for 20 s
 #
 # A test that a machine cannot run is named with its reason, and a privileged tier without root is a failure.
@@ -14,7 +15,9 @@ cd "$(dirname "$0")/.."
 # shellcheck source=lib/toolchain.sh
 . scripts/lib/toolchain.sh
 
-all=(pure netns fuzz)
+all=(pure netns vm fuzz)
+# One selection of packages for all system tests: another has other features, and compiles every dependency again.
+system_packages=(-p dvpn-daemon -p dvpn-pool -p dvpn-tests)
 passed=0 failed=0 skipped=0
 declare -a skips=()
 log=$(mktemp)
@@ -67,9 +70,7 @@ tier_netns() {
     return
   fi
   packages "the system tests" iproute2 iputils-ping dbus systemd nftables tcpdump strace curl openssl procps kmod
-  # Programs and tests in one selection of packages and targets: another selection has other features, and would
-  # compile every dependency again.
-  local selection=(-p dvpn-daemon -p dvpn-pool -p dvpn-tests --bins) target
+  local selection=("${system_packages[@]}" --bins) target
   for target in tunnel host hostile ebpf netns; do selection+=(--test "$target"); done
   say "netns: building programs and tests (profile lab)"
   if ! DVPN_EBPF_REQUIRED=1 cargo build --locked --profile lab "${selection[@]}"; then
@@ -78,6 +79,39 @@ tier_netns() {
     return
   fi
   nextest netns --cargo-profile lab "${selection[@]}"
+}
+
+# The test program and the programs under test are brought into the machine, which has no build tools. Its closing line
+# is libtest's.
+tier_vm() {
+  if ((EUID != 0)); then
+    warn "tier vm builds a machine's disk: run it as root (sudo scripts/test.sh vm)"
+    failed=$((failed + 1))
+    return
+  fi
+  local brought program status=0 summary bad
+  say "vm: building programs and tests (profile lab)"
+  if ! DVPN_EBPF_REQUIRED=1 cargo test --locked --profile lab "${system_packages[@]}" --bins --test vm --no-run 2>&1 |
+    tee "$log"; then
+    warn "the programs do not build"
+    failed=$((failed + 1))
+    return
+  fi
+  program=$(sed -nE 's/.*Executable vm\/main\.rs \((.*)\)$/\1/p' "$log")
+  brought=$(mktemp -d)
+  cp "$program" "$brought/vm"
+  cp "${CARGO_TARGET_DIR:-target}"/lab/{dvpn-daemon,dvpn-pool,dvpn-lab} "$brought"
+  printf '#!/bin/sh\nexport DVPN_BIN_DIR=/brought RUST_BACKTRACE=0\nexec ./vm --test-threads 1 --show-output --color never\n' >"$brought/run"
+  chmod +x "$brought/run"
+  say "vm: this Debian's own kernel"
+  scripts/vm.sh release "$brought" 2>&1 | tee "$log" || status=$?
+  rm -rf "$brought"
+  summary=$(grep -E '^test result: ' "$log" | tail -n 1 || true)
+  bad=$(number_before failed "$summary")
+  # A run that ends badly without a failed test counts as one, and so does one that ran nothing.
+  ((status == 0 && $(number_before passed "$summary") > 0 || bad > 0)) || bad=1
+  passed=$((passed + $(number_before passed "$summary")))
+  failed=$((failed + bad))
 }
 
 # scripts/fuzz.sh SECONDS runs every target for that long and closes with the same line as this script.

@@ -93,6 +93,26 @@ impl ProbeMethod {
     }
 }
 
+/// Where WireGuard runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TunnelBackend {
+    /// In the kernel.
+    Kernel,
+    /// In the daemon, on a TUN.
+    Userspace,
+}
+
+impl TunnelBackend {
+    /// The name as it stands in JSON and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Userspace => "userspace",
+        }
+    }
+}
+
 /// One candidate of the last attempt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CandidateStatus {
@@ -198,6 +218,9 @@ pub struct Status {
     pub attempts: u64,
     /// Changes of provider without being told to, since the daemon started.
     pub switches: u64,
+    /// Where the tunnel's WireGuard runs; nothing while there is no tunnel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<TunnelBackend>,
     /// Bytes received from the provider on this tunnel.
     pub rx_bytes: u64,
     /// Bytes sent to the provider on this tunnel.

@@ -28,7 +28,7 @@ use crate::{
     http,
     provider::{self, Memory, ProviderConfig, ProviderStatus, Serials},
     state::{self, State},
-    tunnel::userspace::UserspaceTunnel,
+    tunnel,
 };
 
 /// How long the end of the daemon waits for the provider side to take everything down.
@@ -221,7 +221,7 @@ impl Plan {
             drained: self.drained.clone(),
             http: self.http.clone(),
             host: self.host.clone(),
-            tunnel: Arc::new(|config| Box::pin(UserspaceTunnel::create(config))),
+            tunnel: Arc::new(|config| Box::pin(tunnel::create(config))),
             resolvers: Vec::<SocketAddr>::new(),
             audit: Arc::new(move |event| events.record(&event)),
             status: self.status.clone(),

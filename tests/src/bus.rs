@@ -2,7 +2,7 @@
 
 use std::{
     os::unix::process::CommandExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -27,12 +27,8 @@ pub struct BusAddress(String);
 
 const SOCKET: &str = "bus.socket";
 
-/// The policy file of the package, as it is in the source tree.
-pub fn shipped_policy() -> Result<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../systemd/org.dvpn.Daemon1.conf");
-    path.canonicalize()
-        .context("systemd/org.dvpn.Daemon1.conf is missing from the source tree")
-}
+/// The policy file that the package ships.
+const SHIPPED_POLICY: &str = include_str!("../../systemd/org.dvpn.Daemon1.conf");
 
 impl Bus {
     /// Starts a bus of the type `system` whose files are in `directory`.
@@ -46,7 +42,9 @@ impl Bus {
             Ok(()) | Err(_) => {}
         }
         let BusAddress(address) = BusAddress::in_directory(directory);
-        let policy = shipped_policy()?;
+        // Beside the socket: the programs may have been brought to a machine without the source tree.
+        let policy = directory.join("org.dvpn.Daemon1.conf");
+        std::fs::write(&policy, SHIPPED_POLICY).with_context(|| format!("writing {}", policy.display()))?;
         let config = directory.join("bus.conf");
         let text = format!(
             "<!DOCTYPE busconfig PUBLIC \"-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN\"\n \

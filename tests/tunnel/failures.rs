@@ -3,9 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use dvpn_daemon::tunnel::{Error, userspace::UserspaceTunnel};
+use dvpn_daemon::tunnel::Error;
 
-use crate::{INTERFACE, SOON, Setup, config, eventually, key, open, pair, side};
+use crate::{
+    SLOWNESS,
+    bed::{INTERFACE, SOON, Setup, config, eventually, key, open, pair},
+    create, side,
+};
 
 #[test]
 fn a_deleted_interface_is_reported() -> Result<()> {
@@ -21,7 +25,7 @@ fn a_deleted_interface_is_reported() -> Result<()> {
         let reason = pair.sides[0].run(async move { tokio::time::timeout(SOON, tunnel.died()).await })??;
         ensure!(reason.contains("deleted"), "{reason}");
         ensure!(
-            started.elapsed() < Duration::from_secs(1),
+            started.elapsed() < Duration::from_secs(1) * SLOWNESS,
             "reported after {:?}",
             started.elapsed()
         );
@@ -36,7 +40,7 @@ fn a_stranger_gets_nothing() -> Result<()> {
     let mut stranger = config(1, Setup::default());
     stranger.private_key = key(9).0;
     let tunnel = open(&sides[0], 1, stranger)?;
-    let timeout = Duration::from_millis(1500);
+    let timeout = Duration::from_millis(1500) * SLOWNESS;
     let shaken = sides[0].run(async move { tunnel.force_handshake(key(2).1, timeout).await })?;
     ensure!(matches!(shaken, Err(Error::NoHandshake(..))), "{shaken:?}");
     let stats = sides[1].run(async move { provider.stats().await })??;
@@ -67,7 +71,7 @@ fn a_forced_handshake_recovers_a_forgotten_session() -> Result<()> {
     let started = Instant::now();
     pair.sides[0].run(async move { tunnel.force_handshake(key(2).1, SOON).await })??;
     let took = started.elapsed();
-    ensure!(took < Duration::from_secs(1), "{took:?}");
+    ensure!(took < Duration::from_secs(1) * SLOWNESS, "{took:?}");
     pair.transfer("10.88.0.2", 1 << 16, SOON)?;
     Ok(())
 }
@@ -83,26 +87,13 @@ fn a_missing_route_does_not_kill_the_tunnel() -> Result<()> {
 }
 
 #[test]
-fn a_link_that_is_down_for_a_while_does_not_kill_the_tunnel() -> Result<()> {
-    let pair = pair(Setup::default())?;
-    pair.transfer("10.88.0.2", 1 << 16, SOON)?;
-    pair.sides[1].sh(&format!("ip link set {INTERFACE} down"))?;
-    pair.sides[0].sh("ping -q -c 3 -i 0.01 -W 0.1 10.88.0.2 || true")?;
-    pair.sides[1].sh(&format!(
-        "ip link set {INTERFACE} up; ip route replace 10.88.0.1/32 dev {INTERFACE}"
-    ))?;
-    pair.transfer("10.88.0.2", 1 << 16, SOON)?;
-    Ok(())
-}
-
-#[test]
 fn closing_waits_until_the_interface_is_gone_and_leaks_no_descriptor() -> Result<()> {
     let side = side::Side::new()?;
     let descriptors = || Ok::<_, std::io::Error>(std::fs::read_dir("/proc/self/fd")?.count());
     let mut after_first = None;
     for round in 0..20 {
         let seen = side.run(async {
-            let tunnel = UserspaceTunnel::create(config(2, Setup::default())).await?;
+            let tunnel = create(config(2, Setup::default())).await?;
             tunnel.close().await;
             anyhow::Ok(std::fs::read_to_string("/proc/thread-self/net/dev")?)
         })??;
@@ -120,7 +111,7 @@ fn a_taken_port_is_named() -> Result<()> {
     let side = side::Side::new()?;
     let error = side.run(async {
         let _taken = tokio::net::UdpSocket::bind("[::]:51820").await?;
-        anyhow::Ok(UserspaceTunnel::create(config(2, Setup::default())).await.err())
+        anyhow::Ok(create(config(2, Setup::default())).await.err())
     })??;
     ensure!(matches!(error, Some(Error::Socket { port: 51_820, .. })), "{error:?}");
     Ok(())

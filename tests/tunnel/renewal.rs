@@ -16,7 +16,10 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
 
-use crate::{Pair, SOON, Setup, config, eventually, key, pair, side::Side};
+use crate::{
+    bed::{Pair, SOON, Setup, config, eventually, key, pair},
+    side::Side,
+};
 
 /// Seed of the client's next key.
 const NEXT: u8 = 11;

@@ -10,7 +10,10 @@ use std::{
     time::Duration,
 };
 
-use dvpn_common::keys::{PrivateKey, PublicKey};
+use dvpn_common::{
+    keys::{PrivateKey, PublicKey},
+    status::TunnelBackend,
+};
 use dvpn_core::{
     Failure, Retry,
     approval::Approval,
@@ -30,8 +33,7 @@ use crate::{
     host::{ClientGuard, ClientNetwork, Host},
     socks5::TunnelPath,
     tunnel::{
-        CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Renewal, Tunnel, TunnelConfig,
-        userspace::UserspaceTunnel,
+        self, CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Renewal, Tunnel, TunnelConfig,
     },
 };
 
@@ -73,6 +75,8 @@ pub(super) struct Surroundings {
     pub loader: ebpf::Loader,
     /// The counting programs on the interface, read by `/metrics`.
     pub counters: Arc<std::sync::Mutex<Option<ebpf::Counters>>>,
+    /// Where the tunnel's WireGuard runs, told before the tunnel's path.
+    pub backend: watch::Sender<Option<TunnelBackend>>,
 }
 
 struct Device {
@@ -220,9 +224,10 @@ async fn configure(
         offload: true,
         peers: vec![peer_of(approval)],
     };
-    let tunnel = UserspaceTunnel::create(config)
+    let tunnel = tunnel::create(config)
         .await
         .map_err(|error| failure("making the tunnel", &error, CURE))?;
+    surroundings.backend.send_replace(Some(tunnel.backend()));
     let tunnel = Arc::new(tunnel);
     // Only now is the interface ours: before, there is nothing to undo.
     let made = finish(

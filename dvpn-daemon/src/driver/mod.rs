@@ -11,7 +11,11 @@ mod subscriptions;
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
-use dvpn_common::{ids::ProviderId, keys::PublicKey, status::Status};
+use dvpn_common::{
+    ids::ProviderId,
+    keys::PublicKey,
+    status::{Status, TunnelBackend},
+};
 use dvpn_core::{
     Now,
     approval::Approval,
@@ -87,6 +91,8 @@ pub struct Driver {
     keys: Keys,
     status: watch::Sender<Status>,
     path: watch::Sender<Option<(Attempt, Arc<TunnelPath>)>>,
+    /// Of the last tunnel that was made.
+    backend: watch::Receiver<Option<TunnelBackend>>,
     /// A tunnel was configured and its traces are still on the machine.
     configured: bool,
     usable_by: Option<Attempt>,
@@ -140,12 +146,14 @@ impl Driver {
             .iter()
             .map(|address| SocketAddr::new(*address, 53))
             .collect();
+        let (backend_sender, backend) = watch::channel(None);
         let surroundings = device::Surroundings {
             host: Arc::clone(&parts.host),
             metrics: parts.metrics.clone(),
             dns,
             loader: ebpf::Loader::new(parts.config.bpf_directory.clone()),
             counters: Arc::clone(&parts.counters),
+            backend: backend_sender,
         };
         let orders = device::spawn(surroundings, inputs_sender.clone(), path.clone());
         let leases = Leases::new(inputs_sender.clone());
@@ -165,6 +173,7 @@ impl Driver {
             keys,
             status: views.status,
             path,
+            backend,
             configured: false,
             usable_by: None,
             usable: views.path,
@@ -373,7 +382,8 @@ impl Driver {
 
     fn publish(&mut self) {
         self.running.retain(|_, task| !task.is_finished());
-        let status = status::of(&self.session, &self.parts.config, self.autostart);
+        let mut status = status::of(&self.session, &self.parts.config, self.autostart);
+        status.backend = self.path.borrow().as_ref().and(*self.backend.borrow());
         let flows = status::carries_traffic(status.state);
         let path = if flows { self.path.borrow().clone() } else { None };
         let by = path.as_ref().map(|(attempt, _)| *attempt);

@@ -19,6 +19,7 @@ pub(super) fn starting(config: &Config) -> Status {
         socks5: Some(config.socks5.listen),
         attempts: 0,
         switches: 0,
+        backend: None,
         rx_bytes: 0,
         tx_bytes: 0,
         static_key: config.tunnel.private_key.is_some(),

@@ -2,13 +2,18 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    sync::Once,
     time::Duration,
 };
 
-use dvpn_common::keys::{PrivateKey, PublicKey};
+use dvpn_common::{
+    keys::{PrivateKey, PublicKey},
+    status::TunnelBackend,
+};
 use futures::future::BoxFuture;
 use ipnetwork::IpNetwork;
 
+pub mod kernel;
 pub mod userspace;
 
 /// Name of the interface on which we are a client.
@@ -85,7 +90,10 @@ pub struct PeerStats {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The interface could not be made.
-    #[error("creating the tunnel interface {interface}: give the daemon CAP_NET_ADMIN and /dev/net/tun")]
+    #[error(
+        "creating the tunnel interface {interface}: give the daemon CAP_NET_ADMIN, and a kernel with WireGuard or \
+         /dev/net/tun"
+    )]
     Create {
         /// Which.
         interface: String,
@@ -141,10 +149,39 @@ pub enum Error {
     Stopped(String),
 }
 
+/// Makes a device: in the kernel where that has WireGuard, which making the link tells, else in this process. Why not in
+/// the kernel is logged once.
+pub async fn create(config: TunnelConfig) -> Result<Box<dyn Tunnel>, Error> {
+    static SAID: Once = Once::new();
+    match kernel::Link::create(&config.interface, config.mtu_bytes).await {
+        Ok(link) => kernel::KernelTunnel::on(link, config).await,
+        Err(error) if has_no_wireguard(&error) => {
+            SAID.call_once(|| tracing::info!("WireGuard runs in this process, as this kernel has none: {error}"));
+            userspace::UserspaceTunnel::create(config).await
+        }
+        Err(source) => Err(Error::Create {
+            interface: config.interface,
+            source,
+        }),
+    }
+}
+
+/// Link kinds nobody has registered are `EOPNOTSUPP`; sandboxes that imitate a kernel answer otherwise.
+fn has_no_wireguard(error: &std::io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EOPNOTSUPP | libc::ENOENT | libc::ENOSYS | libc::EINVAL | libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT
+        )
+    )
+}
+
 /// A running WireGuard device. Dropping it takes the interface down; [`Tunnel::close`] waits until it is gone.
 pub trait Tunnel: Send + Sync {
     /// The interface's name.
     fn interface(&self) -> &str;
+    /// Where packets are encrypted.
+    fn backend(&self) -> TunnelBackend;
     /// Adds or replaces peers.
     fn set_peers(&self, peers: Vec<PeerConfig>) -> BoxFuture<'_, Result<(), Error>>;
     /// Removes a peer; one that is not there is no error.
@@ -155,8 +192,9 @@ pub trait Tunnel: Send + Sync {
     fn force_handshake(&self, peer: PublicKey, timeout: Duration) -> BoxFuture<'_, Result<(), Error>>;
     /// Replaces the outer socket.
     fn rebind(&self) -> BoxFuture<'_, Result<(), Error>>;
-    /// Goes over to a new key while traffic flows, without losing a packet. After an error the old key is in use as
-    /// before. Takes some round trips and half a second.
+    /// Goes over to a new key while traffic flows. After an error the old key is in use as before. Takes some round trips
+    /// and half a second. In userspace no packet is lost; in the kernel those are that the peer receives under the new
+    /// key before it has given our addresses to it, and those beyond 128 that are sent until hands are shaken.
     fn renew(&self, renewal: Renewal) -> BoxFuture<'_, Result<(), Error>>;
     /// The outer port in use.
     fn listen_port(&self) -> BoxFuture<'_, Result<u16, Error>>;

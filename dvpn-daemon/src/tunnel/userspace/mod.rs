@@ -24,7 +24,10 @@ use std::{
     time::Duration,
 };
 
-use dvpn_common::keys::{PrivateKey, PublicKey};
+use dvpn_common::{
+    keys::{PrivateKey, PublicKey},
+    status::TunnelBackend,
+};
 use futures::future::BoxFuture;
 use gotatun::{
     device::{
@@ -333,6 +336,10 @@ impl UserspaceTunnel {
 impl Tunnel for UserspaceTunnel {
     fn interface(&self) -> &str {
         &self.interface
+    }
+
+    fn backend(&self) -> TunnelBackend {
+        TunnelBackend::Userspace
     }
 
     fn set_peers(&self, peers: Vec<PeerConfig>) -> BoxFuture<'_, Result<(), Error>> {

@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, builder::BoolishValueParser};
-use dvpn_common::ids::{CheckoutId, ProviderId};
+use dvpn_common::{
+    ids::{CheckoutId, ProviderId},
+    limits::MAX_APPROVAL_LIFE,
+};
 use url::Url;
 
 use crate::{
@@ -12,6 +15,7 @@ use crate::{
 };
 
 /// Below, clients would renew all the time; above, no approval lives.
+const APPROVAL_SECONDS: std::ops::RangeInclusive<u64> = 20..=86_400;
 const LEASE_SECONDS: RangeInclusive<u64> = 20..=86_400;
 
 /// The DVPN pool server: provider list, approvals and payments.
@@ -115,6 +119,9 @@ pub struct Options {
     /// How long a lease of a standby node lasts unless it is renewed.
     #[arg(long, global = true, env = "DVPN_POOL_LEASE_SECONDS", value_name = "N", default_value_t = DEFAULT_LEASE_LIFE.as_secs())]
     pub lease_seconds: u64,
+    /// Life of an approval; clients renew theirs at half of it.
+    #[arg(long, global = true, env = "DVPN_POOL_APPROVAL_SECONDS", value_name = "N", default_value_t = MAX_APPROVAL_LIFE.as_secs())]
+    pub approval_seconds: u64,
     /// Most connections at one time.
     #[arg(long, global = true, env = "DVPN_POOL_MAX_CONNECTIONS", value_name = "N", default_value_t = DEFAULT_MAX_CONNECTIONS)]
     pub max_connections: usize,
@@ -182,6 +189,9 @@ impl Options {
         if !LEASE_SECONDS.contains(&self.lease_seconds) {
             wrong.push("--lease-seconds must be from 20 to 86400".to_owned());
         }
+        if !APPROVAL_SECONDS.contains(&self.approval_seconds) {
+            wrong.push("--approval-seconds must be from 20 to 86400".to_owned());
+        }
         if self.max_connections == 0 {
             wrong.push("--max-connections must be 1 or more".to_owned());
         }
@@ -207,7 +217,10 @@ impl Options {
                 orchestrator: self.orchestrator.then(|| Duration::from_secs(self.lease_seconds)),
                 max_connections: self.max_connections,
                 limits,
-                timing: Timing::default(),
+                timing: Timing {
+                    approval_life: Duration::from_secs(self.approval_seconds),
+                    ..Timing::default()
+                },
             }),
             _ => Err(wrong),
         }

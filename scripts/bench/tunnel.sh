@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Our userspace WireGuard beside wireguard-go (20231211 and newest set the bars, 20220316 is shown), both ends of a run the same program, over a veth between two
-# namespaces. Sourced by scripts/bench.sh.
+# Our userspace WireGuard beside wireguard-go (20231211 and newest set the bars, 20220316 is shown), both ends of a run
+# the same program, over a veth between two namespaces. Sourced by scripts/bench.sh.
 #
 # Throughput is per core-second, because on one machine both ends share the cores: received TCP bits divided by
 # user + system time of the two tunnel processes and the two iperf3 processes + the machine's interrupt and softirq

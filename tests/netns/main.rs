@@ -12,6 +12,7 @@
 //! | `fallback` | what the orchestrator does when the pool fails |
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
+//! | `renewal` | a fresh key under a running tunnel, without a lost packet |
 //! | `hostile` | a pool that turns hostile |
 
 mod both;
@@ -26,3 +27,4 @@ mod hostile;
 mod lab;
 mod leaks;
 mod payment;
+mod renewal;

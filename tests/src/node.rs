@@ -100,6 +100,11 @@ pub fn spawn_web(network: &Network) -> Result<Process> {
 
 /// The reference pool as a process: list, approval, payment, all in its development form.
 pub fn spawn_pool(network: &Network, identity: &Identity) -> Result<Process> {
+    spawn_pool_with(network, identity, &[])
+}
+
+/// The same with more arguments.
+pub fn spawn_pool_with(network: &Network, identity: &Identity, arguments: &[&str]) -> Result<Process> {
     let machine = &network.pool;
     let environment = Environment::default().with("DVPN_LOG", "info");
     let mut command = environment.command(&program("dvpn-pool")?);
@@ -113,7 +118,8 @@ pub fn spawn_pool(network: &Network, identity: &Identity) -> Result<Process> {
         .arg("--tls-key")
         .arg(&identity.key)
         .arg("--database")
-        .arg(machine.directory.join("pool.sqlite"));
+        .arg(machine.directory.join("pool.sqlite"))
+        .args(arguments);
     let log = machine.directory.join("log");
     let surroundings = Surroundings {
         namespace: &machine.namespace,

@@ -4,7 +4,7 @@
 # not touched.
 #
 #   ./one-click.sh          installs what is missing, builds, brings it up, shows that it works (again: quickly)
-#   ./one-click.sh --down   removes everything but .env and certs/
+#   ./one-click.sh --down   removes the network; .env, certs/, the build and installed packages stay
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

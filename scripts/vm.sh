@@ -24,18 +24,19 @@ readonly PACKAGES=kmod,iproute2,iputils-ping,procps,ethtool,nftables,wireguard-t
 
 usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
 
-# mirror RELEASE: where apt gets it from here.
+# mirror RELEASE: where apt gets it from here; nothing when it does not.
 mirror() {
   local found
   # shellcheck disable=SC2016 # apt's own variable
   found=$(apt-get indextargets --format '$(SITE)' "Codename: $1" 'Origin: Debian' 2>/dev/null | head -n 1 || true)
-  echo "${found:-http://deb.debian.org/debian}"
+  echo "$found"
 }
 
 # image RELEASE SUITE: the folder with disk, kernel and initrd; it appears whole or not at all.
 image() {
   local release=$1 suite=$2 site version key folder work
   site=$(mirror "$release")
+  [[ -n $site ]] || die "apt has no package lists of Debian $release: run apt-get update"
   version=$(apt-cache policy "$KERNEL" 2>/dev/null | awk '$1 == "Candidate:" { print $2 }')
   key=$({
     echo "$release $suite $KERNEL $PACKAGES ${version:-any}"

@@ -67,7 +67,9 @@ async fn serve(config: Config) -> ExitCode {
          clients unless DVPN_DEVELOPMENT=true"
     );
     if config.open_registration {
-        tracing::warn!("open registration: any node that answers an echo is listed");
+        tracing::warn!(
+            "open registration: any node that answers an echo and a handshake at the address it registers from is listed"
+        );
     }
     let server = match dvpn_pool::serve(config, shutdown).await {
         Ok(server) => server,

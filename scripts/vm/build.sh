@@ -11,10 +11,10 @@ if [[ $suite != "$release" ]]; then
   include=$packages,$kernel/$suite
 fi
 mmdebstrap --mode=root --variant=minbase --include="$include" --dpkgopt='path-exclude=/usr/share/doc/*' \
-  --dpkgopt='path-exclude=/usr/share/locale/*' "$release" "$work/root" "${sources[@]}"
-install -m 755 "$here/init" "$work/root/usr/local/sbin/vm-init"
-mkdir -p "$work/root/brought" "$work/image"
-cp "$work"/root/boot/vmlinuz-* "$work/image/vmlinuz"
-cp "$work"/root/boot/initrd.img-* "$work/image/initrd"
-rm -rf "$work"/root/boot/* "$work"/root/var/cache/apt/* "$work"/root/var/lib/apt/lists/*
-mkfs.ext4 -q -F -O ^has_journal -L root -d "$work/root" "$work/image/disk.ext4" 1536M
+  --dpkgopt='path-exclude=/usr/share/locale/*' "$release" "$work/tree" "${sources[@]}"
+install -m 755 "$here/init" "$work/tree/usr/local/sbin/vm-init"
+mkdir -p "$work/tree/brought" "$work/image"
+cp "$work"/tree/boot/vmlinuz-* "$work/image/vmlinuz"
+cp "$work"/tree/boot/initrd.img-* "$work/image/initrd"
+rm -rf "$work"/tree/boot/* "$work"/tree/var/cache/apt/* "$work"/tree/var/lib/apt/lists/*
+mkfs.ext4 -q -F -O ^has_journal -L root -d "$work/tree" "$work/image/disk.ext4" 1536M

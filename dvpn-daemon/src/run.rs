@@ -322,12 +322,15 @@ async fn start_node(
         &OnceLock<watch::Receiver<ProviderStatus>>,
     ),
 ) -> Option<Node> {
-    // Also what an earlier run left that was killed, or whose owner has changed their mind since.
-    if let Err(error) = host.provider_down().await {
-        tracing::debug!(
-            "nothing of an earlier provider side could be removed: {}",
-            chain(&error)
-        );
+    // Also what an earlier run left that was killed, or whose owner has changed their mind since. Its links go before its
+    // firewall: while a link of ours stands, so does what keeps its peers off this machine.
+    match host.remove_left_links().await {
+        Err(error) => tracing::error!("an interface that an earlier run left stays: {}", chain(&error)),
+        Ok(()) => {
+            if let Err(error) = host.provider_down().await {
+                tracing::debug!("an earlier provider side could not be taken down: {}", chain(&error));
+            }
+        }
     }
     if !config.node.register {
         return None;

@@ -52,6 +52,20 @@ impl Host {
         report
     }
 
+    /// Removes the tunnel links that a killed daemon left: one in the kernel goes on carrying its peers, and nothing ends
+    /// their approvals any more. The firewall stands until they are gone. To be called before there are new ones.
+    pub async fn remove_left_links(&self) -> Result<(), Error> {
+        let mut result = Ok(());
+        for name in [CLIENT_INTERFACE, PROVIDER_INTERFACE] {
+            match self.remove_link(name).await {
+                Ok(true) => tracing::info!("removed the interface {name} that an earlier run left"),
+                Ok(false) => {}
+                Err(error) => result = Err(error),
+            }
+        }
+        result
+    }
+
     async fn remove_link(&self, name: &str) -> Result<bool, Error> {
         let Some(link) = self.link(name).await? else {
             return Ok(false);

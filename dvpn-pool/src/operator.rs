@@ -1,6 +1,6 @@
 //! What an operator does beside a running pool: it follows within a second.
 
-use std::{io::Read as _, process::ExitCode};
+use std::{io::Read as _, path::PathBuf, process::ExitCode};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{contract::KeyRotation, directory::rotation_bytes, ids::ProviderId};
@@ -18,15 +18,20 @@ use crate::{database, fail, say};
 /// Longest token that is read: real ones have 68 characters.
 const MAX_TOKEN_BYTES: u64 = 4096;
 
+/// The database that a running pool uses, and where it is.
+async fn opened(options: Options) -> Result<(PathBuf, Store), ExitCode> {
+    let path = database(options)?;
+    match Store::open(&path).await {
+        Ok(store) => Ok((path, store)),
+        Err(error) => Err(fail(&with_causes(&error), 1)),
+    }
+}
+
 /// `dvpn-pool revoke`
 pub(crate) async fn revoke(options: Options, which: Revoke) -> ExitCode {
-    let path = match database(options) {
-        Ok(path) => path,
+    let (_, store) = match opened(options).await {
+        Ok(opened) => opened,
         Err(code) => return code,
-    };
-    let store = match Store::open(&path).await {
-        Ok(store) => store,
-        Err(error) => return fail(&with_causes(&error), 1),
     };
     let now = Timestamp::now();
     let done = if let Some(checkout) = &which.checkout {
@@ -49,13 +54,9 @@ pub(crate) async fn revoke(options: Options, which: Revoke) -> ExitCode {
 
 /// `dvpn-pool standby-node`
 pub(crate) async fn set_standby(options: Options, id: ProviderId, standby: bool) -> ExitCode {
-    let path = match database(options) {
-        Ok(path) => path,
+    let (_, store) = match opened(options).await {
+        Ok(opened) => opened,
         Err(code) => return code,
-    };
-    let store = match Store::open(&path).await {
-        Ok(store) => store,
-        Err(error) => return fail(&with_causes(&error), 1),
     };
     let done = store.set_standby(&id, standby).await;
     store.close().await;
@@ -68,13 +69,9 @@ pub(crate) async fn set_standby(options: Options, id: ProviderId, standby: bool)
 
 /// `dvpn-pool rotate-key`
 pub(crate) async fn rotate_key(options: Options) -> ExitCode {
-    let path = match database(options) {
-        Ok(path) => path,
+    let (path, store) = match opened(options).await {
+        Ok(opened) => opened,
         Err(code) => return code,
-    };
-    let store = match Store::open(&path).await {
-        Ok(store) => store,
-        Err(error) => return fail(&with_causes(&error), 1),
     };
     let current = match store.pool_key().await {
         Ok(Some(current)) => current,

@@ -15,6 +15,7 @@ mod client;
 mod isolation;
 mod limits;
 mod namespace;
+mod node;
 mod pool;
 mod responders;
 #[path = "../tunnel/side.rs"]

@@ -8,7 +8,7 @@ use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{
     contract::{KeyRotation, ProviderEntry},
-    directory::{rotation_bytes, signed_bytes},
+    directory::signed_bytes,
     keys::VerifyingKey,
     limits::MAX_CLOCK_SKEW,
 };
@@ -16,9 +16,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-
-/// Most rotations followed in one list: a pool changes its key once in a long while.
-pub const MAX_ROTATIONS: usize = 64;
+use crate::pool_key;
 
 /// What is known of one pool from earlier, kept across restarts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +89,12 @@ impl Claim<'_> {
     /// Who signed the list: nobody for a pool whose key was never seen and that signs nothing.
     pub(super) fn check(&self, known: &PoolRecord, now: Timestamp) -> Result<Option<VerifyingKey>, Error> {
         let signer = match (known.key, self.pool_key, self.signature) {
-            (Some(key), announced, _) => self.follow(key, announced.unwrap_or(key))?,
+            (Some(known), announced, _) => {
+                let announced = announced.unwrap_or(known);
+                pool_key::follow(known, announced, self.rotations)
+                    .ok()
+                    .ok_or(Error::OtherKey { known, announced })?
+            }
             // First use: what the list calls the pool's key is believed if the list is signed with it.
             (None, Some(announced), Some(_)) => announced,
             (None, None, _) | (None, Some(_), None) => return self.unsigned(now),
@@ -116,25 +119,6 @@ impl Claim<'_> {
         match self.expires_at.filter(|end| *end <= now) {
             Some(expires_at) => Err(Error::Expired { expires_at }),
             None => Ok(None),
-        }
-    }
-
-    /// Follows the rotations from the known key to the announced one.
-    fn follow(&self, known: VerifyingKey, announced: VerifyingKey) -> Result<VerifyingKey, Error> {
-        let mut key = known;
-        for rotation in self.rotations.iter().take(MAX_ROTATIONS) {
-            if key == announced {
-                break;
-            }
-            let bytes = rotation_bytes(&rotation.from, &rotation.to);
-            if rotation.from == key && is_signed(&key, &bytes, &rotation.signature) {
-                key = rotation.to;
-            }
-        }
-        if key == announced {
-            Ok(key)
-        } else {
-            Err(Error::OtherKey { known, announced })
         }
     }
 }

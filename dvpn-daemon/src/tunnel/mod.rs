@@ -12,6 +12,7 @@ use dvpn_common::{
 };
 use futures::future::BoxFuture;
 use ipnetwork::IpNetwork;
+use tokio::sync::watch;
 
 pub mod kernel;
 pub mod userspace;
@@ -174,6 +175,14 @@ fn has_no_wireguard(error: &std::io::Error) -> bool {
             libc::EOPNOTSUPP | libc::ENOENT | libc::ENOSYS | libc::EINVAL | libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT
         )
     )
+}
+
+/// Waits until a backend says why its device can go on no more.
+async fn reason_of_death(mut death: watch::Receiver<Option<String>>) -> String {
+    match death.wait_for(Option::is_some).await {
+        Ok(reason) => reason.clone().unwrap_or_default(),
+        Err(_closed) => "the device was stopped".to_owned(),
+    }
 }
 
 /// A running WireGuard device. Dropping it takes the interface down; [`Tunnel::close`] waits until it is gone.

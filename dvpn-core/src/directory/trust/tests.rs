@@ -1,4 +1,5 @@
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
+use dvpn_common::directory::rotation_bytes;
 use serde_json::{Value, json};
 
 use super::*;

@@ -202,13 +202,7 @@ impl Tunnel for KernelTunnel {
     }
 
     fn died(&self) -> BoxFuture<'_, String> {
-        let mut death = self.death.clone();
-        Box::pin(async move {
-            match death.wait_for(Option::is_some).await {
-                Ok(reason) => reason.clone().unwrap_or_default(),
-                Err(_closed) => "the device was stopped".to_owned(),
-            }
-        })
+        Box::pin(crate::tunnel::reason_of_death(self.death.clone()))
     }
 
     fn close(self: Box<Self>) -> BoxFuture<'static, ()> {

@@ -320,13 +320,13 @@ mod tests {
         address
     }
 
-    fn answer(data: Option<RData>, code: ResponseCode) -> Option<Message> {
+    fn answer(data: Option<RData>, code: ResponseCode) -> Message {
         let mut message = Message::query().into_response();
         message.metadata.response_code = code;
         if let Some(data) = data {
             message.add_answer(Record::from_rdata(Name::root(), 60, data));
         }
-        Some(message)
+        message
     }
 
     fn resolver(server: SocketAddr) -> Resolver {
@@ -338,10 +338,14 @@ mod tests {
 
     #[tokio::test]
     async fn who_asks_when_the_network_is_back_does_not_fail_with_who_asked_before() {
-        let server = server(|kind, elapsed| match kind {
-            RecordType::A if elapsed < Duration::from_secs(3) => None,
-            RecordType::A => answer(Some(ADDRESS), ResponseCode::NoError),
-            _ => answer(None, ResponseCode::NoError),
+        let server = server(|kind, elapsed| {
+            if kind != RecordType::A {
+                Some(answer(None, ResponseCode::NoError))
+            } else if elapsed < Duration::from_secs(3) {
+                None
+            } else {
+                Some(answer(Some(ADDRESS), ResponseCode::NoError))
+            }
         })
         .await;
         let resolver = resolver(server);
@@ -360,11 +364,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_family_that_never_answers_delays_the_other_by_a_moment_only() {
-        let server = server(|kind, _| match kind {
-            RecordType::A => answer(Some(ADDRESS), ResponseCode::NoError),
-            _ => None,
-        })
-        .await;
+        let server =
+            server(|kind, _| (kind == RecordType::A).then(|| answer(Some(ADDRESS), ResponseCode::NoError))).await;
         let resolver = resolver(server);
         let asked = timeout(Duration::from_secs(1), resolver.resolve("half.example"));
         assert_eq!(asked.await.unwrap().unwrap(), [IpAddr::from([192, 0, 2, 1])]);
@@ -372,7 +373,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_does_not_exist_is_not_asked_for_again() {
-        let server = server(|_, _| answer(None, ResponseCode::NXDomain)).await;
+        let server = server(|_, _| Some(answer(None, ResponseCode::NXDomain))).await;
         let resolver = resolver(server);
         let asked = timeout(Duration::from_secs(1), resolver.resolve("none.example"));
         assert!(matches!(asked.await.unwrap(), Err(Error::Lookup { .. })));

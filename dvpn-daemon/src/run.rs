@@ -3,6 +3,7 @@
 use std::{
     io::Write as _,
     path::Path,
+    pin::pin,
     process::ExitCode,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
@@ -462,9 +463,10 @@ async fn reload_on_hangup(arguments: Arguments, reload: mpsc::Sender<Arc<Config>
 
 async fn watch_network(host: &Host) -> mpsc::Receiver<()> {
     let (sender, receiver) = mpsc::channel(1);
-    match host.network_changes().await {
-        Ok(mut changes) => {
+    match host.way_out_changes().await {
+        Ok(changes) => {
             tokio::spawn(async move {
+                let mut changes = pin!(changes);
                 while changes.next().await.is_some() {
                     if sender.send(()).await.is_err() {
                         return;

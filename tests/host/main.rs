@@ -21,3 +21,4 @@ mod responders;
 #[path = "../tunnel/side.rs"]
 mod side;
 mod stream;
+mod way_out;

@@ -7,7 +7,7 @@ use ipnetwork::IpNetwork;
 use netlink_packet_route::{
     AddressFamily,
     address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope},
-    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
@@ -20,6 +20,8 @@ pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) kind: Option<InfoKind>,
+    /// Whether the layer below is there: a cable, an access point, the other end of a pair.
+    pub(super) has_carrier: bool,
 }
 
 /// An address on a link.
@@ -82,6 +84,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         index: message.header.index,
         name: String::new(),
         kind: None,
+        has_carrier: message.header.flags.contains(LinkFlags::LowerUp),
     };
     for attribute in &message.attributes {
         if let LinkAttribute::IfName(name) = attribute {

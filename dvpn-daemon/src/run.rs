@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     audit::Audit,
     control::{self, Control, metrics::Metrics, payments::Payments},
-    driver::{Driver, Ended, Parts, Views},
+    driver::{Driver, Ended, Parts, Views, Watchdog},
     ebpf,
     host::Host,
     http::{self, Payment, Pool},
@@ -261,6 +261,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         audit,
         metrics,
         counters,
+        watchdog: watchdog(),
     };
     let driver = Driver::new(parts, seed, restored, views).await;
     let ended = driver.run(orders, reload, network, terminated).await;
@@ -414,6 +415,21 @@ fn notify(text: &str) {
     match systemd::daemon::notify(pairs.iter()) {
         Ok(_) => {}
         Err(error) => tracing::warn!("telling the service manager {text:?}: {error}"),
+    }
+}
+
+/// What the service manager asks for (`WatchdogSec=`, `sd_watchdog_enabled(3)`): signs of life, four in its limit.
+fn watchdog() -> Option<Watchdog> {
+    match systemd::daemon::watchdog_enabled() {
+        Ok(0) => None,
+        Ok(limit_us) => Some(Watchdog {
+            every: Duration::from_micros(limit_us) / 4,
+            feed: || notify("WATCHDOG=1"),
+        }),
+        Err(error) => {
+            tracing::warn!("reading WATCHDOG_USEC: {error}; the service manager's watchdog gets no sign of life");
+            None
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 //! The D-Bus interface as its users meet it: who is served, what is shown, what is broadcast.
 
-use std::{process::Command, time::Duration};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use dvpn_common::{
@@ -11,6 +14,7 @@ use dvpn_tests::{
     process::{Process, Surroundings, wait_for},
     world::{CONNECT_PATIENCE, World},
 };
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// The reply of a method with one value.
@@ -202,5 +206,43 @@ fn every_change_of_state_is_announced_once_and_in_order() -> Result<()> {
         states.windows(2).all(|pair| matches!(pair, [a, b] if a != b)),
         "announced twice: {states:?}"
     );
+    Ok(())
+}
+
+/// When the service manager was told that the daemon lives, within a time.
+fn signs_of_life(world: &World, within: Duration) -> Vec<Instant> {
+    let (end, mut seen, mut buffer) = (Instant::now() + within, Vec::new(), [0; 256]);
+    while Instant::now() < end {
+        if let Ok(length) = world.client.notifications.recv(&mut buffer)
+            && buffer.get(..length) == Some(b"WATCHDOG=1")
+        {
+            seen.push(Instant::now());
+        }
+    }
+    seen
+}
+
+#[test]
+fn the_service_managers_watchdog_is_fed_while_the_daemon_lives_and_only_then() -> Result<()> {
+    let limit = Duration::from_secs(2);
+    let world = World::build_with(
+        &dvpn_tests::network::NetworkConfig::with_round_trips(&dvpn_tests::world::unique_id(), &[8]),
+        |environment| environment.with("WATCHDOG_USEC", limit.as_micros().to_string()),
+    )?;
+    for connected in [false, true] {
+        if connected {
+            world.pay_and_connect()?;
+        }
+        let seen = signs_of_life(&world, Duration::from_secs(5));
+        ensure!(seen.len() >= 4, "{} signs of life in 5 s", seen.len());
+        let longest = seen.iter().zip(seen.iter().skip(1)).map(|(a, b)| *b - *a).max();
+        ensure!(longest < Some(limit), "{longest:?} without one");
+    }
+    world.client.process.signal(Signal::SIGSTOP)?;
+    signs_of_life(&world, Duration::from_millis(500));
+    let seen = signs_of_life(&world, limit);
+    world.client.process.signal(Signal::SIGCONT)?;
+    ensure!(seen.is_empty(), "{} signs of life of a stopped process", seen.len());
+    ensure!(!signs_of_life(&world, limit).is_empty(), "none after it went on");
     Ok(())
 }

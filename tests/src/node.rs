@@ -147,6 +147,8 @@ pub struct Daemon {
     pub ready_after: Duration,
     /// Its whole environment, for a second start or `--cleanup`.
     pub environment: Environment,
+    /// What it tells its service manager after `READY=1`, a datagram each; reading waits 200 ms.
+    pub notifications: UnixDatagram,
     _bus: Bus,
 }
 
@@ -229,6 +231,7 @@ impl Daemon {
             client,
             ready_after,
             environment,
+            notifications: notify,
             _bus: bus,
         })
     }

@@ -61,6 +61,8 @@ pub(super) enum Order {
     /// Take the device down. What guards its addresses stays: a session that goes on elsewhere leaves sockets behind
     /// that still send from them.
     TearDown(Attempt),
+    /// Answer, to show that the orders before this were carried out.
+    Ping(oneshot::Sender<()>),
     /// No session goes on: take away the guard, rules and routes as well.
     Clear(oneshot::Sender<()>),
 }
@@ -145,6 +147,11 @@ pub(super) fn spawn(
                 Order::TearDown(attempt) => {
                     tear_down(&path, device.take()).await;
                     tell(&inputs, Input::TornDown(attempt)).await;
+                }
+                Order::Ping(done) => {
+                    if done.send(()).is_err() {
+                        tracing::debug!("nobody waits for the tunnel task's sign of life");
+                    }
                 }
                 Order::Clear(done) => {
                     tear_down(&path, device.take()).await;

@@ -23,11 +23,12 @@ use dvpn_core::{
     config::Config,
     session::{Action, Attempt, Choice, Input, Restored, Session},
 };
+use futures::future::OptionFuture;
 use jiff::Timestamp;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::AbortHandle,
-    time::Instant,
+    time::{Instant, Interval},
 };
 
 use crate::{
@@ -66,6 +67,17 @@ pub struct Parts {
     pub metrics: Metrics,
     /// The counting programs on the tunnel interface, read by `/metrics`.
     pub counters: Arc<std::sync::Mutex<Option<ebpf::Counters>>>,
+    /// The service manager's watchdog, where it set one.
+    pub watchdog: Option<Watchdog>,
+}
+
+/// Who ends and restarts a daemon that shows no sign of life.
+#[derive(Debug, Clone, Copy)]
+pub struct Watchdog {
+    /// How often it is told; some times in its own limit.
+    pub every: Duration,
+    /// Tells it. Called only after the driver took a turn *and* the tunnel's task carried out an order.
+    pub feed: fn(),
 }
 
 /// Why the driver ended.
@@ -192,6 +204,11 @@ impl Driver {
     ) -> Ended {
         tokio::pin!(terminate);
         let mut path = self.path.subscribe();
+        let mut signs_of_life = self.parts.watchdog.map(|watchdog| {
+            let mut ticks = tokio::time::interval(watchdog.every);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            ticks
+        });
         loop {
             self.settle().await;
             let deadline = self.session.poll_timeout();
@@ -216,9 +233,25 @@ impl Driver {
                 }
                 Some(()) = network.recv() => self.feed(Input::NetworkChanged),
                 Ok(()) = path.changed() => {}
+                Some(_) = OptionFuture::from(signs_of_life.as_mut().map(Interval::tick)) => self.show_life(),
                 () = sleep => self.session.handle_timeout(now()),
                 () = &mut terminate => return self.terminate().await,
             }
+        }
+    }
+
+    /// Tells the watchdog, by way of the tunnel's task: a task that hangs, or a queue that is full, is not life.
+    fn show_life(&self) {
+        let Some(Watchdog { feed, .. }) = self.parts.watchdog else {
+            return;
+        };
+        let (done, carried_out) = oneshot::channel();
+        if self.orders.try_send(Order::Ping(done)).is_ok() {
+            tokio::spawn(async move {
+                if carried_out.await.is_ok() {
+                    feed();
+                }
+            });
         }
     }
 

@@ -282,9 +282,14 @@ impl State {
         self.inner.files.read(SERIALS)
     }
 
-    /// Stores what a provider saw of serials.
+    /// Stores what a provider saw of serials in place of what was there.
     pub fn store_serials(&self, record: &[u8]) -> Result<(), Error> {
         self.inner.files.write(SERIALS, record)
+    }
+
+    /// Stores more of it behind what is there.
+    pub fn add_serials(&self, records: &[u8]) -> Result<(), Error> {
+        self.inner.files.append(SERIALS, records)
     }
 
     /// What a provider's clients carried this month.

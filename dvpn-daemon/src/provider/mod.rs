@@ -42,7 +42,7 @@ pub use network::{NetworkError, check_networks};
 pub use node::run;
 pub use pool::Error as PoolError;
 pub use roster::MAX_PEERS;
-pub use serials::Serials;
+pub use serials::{Change, Serials};
 pub use status::{Event, PeerStatus, ProviderStatus};
 
 use crate::{

@@ -381,10 +381,13 @@ impl<'a> Node<'a> {
     }
 
     async fn settle(&mut self, sequence: u64, refused: Vec<RefusedPeer>) -> Result<(), Error> {
-        self.reconcile().await?;
-        if let Some(serials) = self.roster.changed_serials() {
-            self.keeper.serials(serials);
+        // Before anybody is a peer by them: a crash must not forget what they replaced.
+        if let Some(change) = self.roster.changed_serials()
+            && !self.keeper.serials(change).await
+        {
+            self.roster.serials_not_kept();
         }
+        self.reconcile().await?;
         for peer in &refused {
             tracing::warn!("a client was refused: {}", peer.reason);
             (self.config.audit)(Event::PeerRefused {

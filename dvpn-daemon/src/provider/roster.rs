@@ -17,7 +17,7 @@ use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 
 use super::{
-    Serials,
+    Change, Serials,
     admission::{Admitted, Ground, Refusal},
 };
 use crate::tunnel::{PeerConfig, PeerStats};
@@ -89,9 +89,14 @@ impl Roster {
         }
     }
 
-    /// Serials, to be kept, if they changed since this was last asked.
-    pub(super) fn changed_serials(&mut self) -> Option<Vec<u8>> {
-        self.serials.take_changed().then(|| self.serials.encode())
+    /// What has to be kept of serials before the tunnel is told anything, if they changed since this was last asked.
+    pub(super) fn changed_serials(&mut self) -> Option<Change> {
+        self.serials.take_change()
+    }
+
+    /// What was to be kept is not, or nobody knows.
+    pub(super) fn serials_not_kept(&mut self) {
+        self.serials.rewrite();
     }
 
     /// The pool's key for its own handshakes; says whether it is another one than before.
@@ -110,6 +115,8 @@ impl Roster {
     /// Makes the clients equal to a snapshot; whom it leaves out goes. Says who was refused.
     pub(super) fn replace(&mut self, entries: &[PeerEntry], ground: &Ground, now: Now) -> Vec<RefusedPeer> {
         let named: BTreeSet<PublicKey> = entries.iter().map(|entry| entry.public_key).collect();
+        let kept = named.iter().chain(self.clients.keys());
+        self.serials.make_room(named.len(), kept, now.wall);
         let before = std::mem::take(&mut self.clients);
         self.holders.clear();
         self.renewed.retain(|_, new| named.contains(new));
@@ -155,6 +162,7 @@ impl Roster {
         if !self.clients.contains_key(&key) && self.clients.len() >= 2 * MAX_PEERS {
             return Err(refused(Refusal::Full));
         }
+        self.serials.make_room(1, self.clients.keys().chain([&key]), now.wall);
         let holders = &self.holders;
         let taken = |address: &IpNetwork| holders.get(address).copied().filter(|holder| Some(*holder) != renews);
         let admitted = ground

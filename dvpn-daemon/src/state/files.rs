@@ -79,6 +79,16 @@ impl Files {
         self.put(name, bytes, |from, to| fs::rename(from, to))
     }
 
+    /// Adds to the end of a file that is there. A crash may leave any part of it: whoever reads sees that.
+    pub(super) fn append(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let path = self.path(name);
+        let written = OpenOptions::new().append(true).open(&path).and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_data()
+        });
+        written.map_err(|source| Error::Write { path, source })
+    }
+
     /// Makes the file unless it exists; then the existing one stays and that is no error.
     pub(super) fn create(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         self.put(name, bytes, |from, to| {

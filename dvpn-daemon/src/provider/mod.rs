@@ -3,6 +3,7 @@
 //! The pool says who may come; each approval is checked here before it becomes a peer, and ends here when its time is
 //! over, whether or not the pool still speaks. The firewall stands before the first peer and falls after the last.
 
+mod acks;
 mod admission;
 mod dns;
 mod echo;

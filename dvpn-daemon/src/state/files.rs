@@ -24,20 +24,30 @@ pub(super) struct Files {
     writes: AtomicU64,
 }
 
+/// Makes the directory, and makes it private.
+pub(super) fn make(directory: &Path) -> Result<(), Error> {
+    let failed = |source| Error::Directory {
+        path: directory.to_owned(),
+        source,
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(failed)?;
+    if fs::metadata(directory).map_err(failed)?.permissions().mode() & 0o777 != 0o700 {
+        fs::set_permissions(directory, Permissions::from_mode(0o700)).map_err(failed)?;
+    }
+    Ok(())
+}
+
 impl Files {
     pub(super) fn open(directory: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Directory {
             path: directory.to_owned(),
             source,
         };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(failed)?;
-        if fs::metadata(directory).map_err(failed)?.permissions().mode() & 0o777 != 0o700 {
-            fs::set_permissions(directory, Permissions::from_mode(0o700)).map_err(failed)?;
-        }
+        make(directory)?;
         for entry in fs::read_dir(directory).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             // Left by a crash in the middle of a write: the file it was to replace is whole.

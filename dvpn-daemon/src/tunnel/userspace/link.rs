@@ -19,7 +19,7 @@ const QUEUE_PACKETS: u32 = 4096;
 
 /// Makes the queue to us long, on a link that is still down. Once it is up its length must stay: to change it the kernel
 /// takes the link's queueing discipline off, and whatever is sent until it is on again is dropped without a word
-/// (net/sched/sch_generic.c: `dev_qdisc_change_tx_queue_len`). A queue that stays short loses packets only where a pause
+/// (`dev_qdisc_change_tx_queue_len` in Linux). A queue that stays short loses packets only where a pause
 /// is long, so a failure is no error.
 async fn lengthen_queue(handle: &rtnetlink::Handle, index: u32) {
     let link = LinkMessageBuilder::<LinkUnspec>::new()

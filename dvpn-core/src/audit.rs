@@ -130,6 +130,13 @@ pub enum Event {
         /// Whether they may.
         allowed: bool,
     },
+    /// More calls of somebody who may not call: the first was a [`Event::Command`].
+    CommandsDenied {
+        /// Their user id; nothing for many users together.
+        uid: Option<u32>,
+        /// How many in the last ten seconds.
+        count: u64,
+    },
     /// The configuration was read again.
     ConfigReloaded {
         /// False: the new one was refused and the old one holds.

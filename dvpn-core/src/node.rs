@@ -4,8 +4,8 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use jiff::{Timestamp, civil::Date, tz::TimeZone};
 
-/// How long clients are kept after the node closed for a reason that ends them.
-pub const GRACE: Duration = Duration::from_mins(5);
+/// How long clients are usually kept after the node closed for a reason that ends them.
+const GRACE: Duration = Duration::from_mins(5);
 const DAY_MINUTES: u16 = 24 * 60;
 
 /// Why no new clients are taken.
@@ -62,12 +62,25 @@ impl fmt::Display for Admission {
 }
 
 /// What the owner allows.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rules {
     /// Bytes a calendar month (UTC), both directions together; 0 for no end.
     pub monthly_cap_bytes: u64,
     /// When clients are served.
     pub schedule: Schedule,
+    /// How long clients are kept after the node closed for a reason that ends them; five minutes as a rule.
+    pub grace: Duration,
+}
+
+impl Default for Rules {
+    /// No end, always, and the usual grace.
+    fn default() -> Self {
+        Self {
+            monthly_cap_bytes: 0,
+            schedule: Schedule::default(),
+            grace: GRACE,
+        }
+    }
 }
 
 /// How things are.
@@ -84,13 +97,13 @@ pub struct Standing {
 /// What the node does at `now`. What closes counts before what only drains.
 pub fn admission(rules: &Rules, standing: &Standing, now: Timestamp) -> Admission {
     let grace_over = |since: Option<Timestamp>| {
-        since.is_none_or(|since| Duration::try_from(now.duration_since(since)).is_ok_and(|age| age >= GRACE))
+        since.is_none_or(|since| Duration::try_from(now.duration_since(since)).is_ok_and(|age| age >= rules.grace))
     };
     let capped = rules.monthly_cap_bytes > 0 && standing.month_bytes >= rules.monthly_cap_bytes;
     let closed_for = rules.schedule.closed_for(now);
     if capped && grace_over(standing.cap_reached) {
         Admission::Closed(Reason::MonthlyCap)
-    } else if closed_for.is_some_and(|age| age >= GRACE) {
+    } else if closed_for.is_some_and(|age| age >= rules.grace) {
         Admission::Closed(Reason::Schedule)
     } else if capped {
         Admission::Draining(Reason::MonthlyCap)
@@ -260,6 +273,7 @@ mod tests {
             let rules = Rules {
                 monthly_cap_bytes: cap.parse().unwrap(),
                 schedule: schedule.parse().unwrap(),
+                ..Rules::default()
             };
             let standing = Standing {
                 drained: drained == "yes",

@@ -52,6 +52,25 @@ impl Audit {
         Self(Arc::new(Mutex::new(Stream { run, sequence: 0, sink })))
     }
 
+    /// Keeps its lines, for a test that reads them.
+    #[cfg(test)]
+    pub(crate) fn in_memory() -> Self {
+        Self(Arc::new(Mutex::new(Stream {
+            run: "test".into(),
+            sequence: 0,
+            sink: Sink::Memory(Vec::new()),
+        })))
+    }
+
+    /// What was written so far.
+    #[cfg(test)]
+    pub(crate) fn lines(&self) -> Vec<String> {
+        match &self.0.lock().unwrap_or_else(PoisonError::into_inner).sink {
+            Sink::Memory(lines) => lines.clone(),
+            Sink::Journal | Sink::Output => Vec::new(),
+        }
+    }
+
     /// Writes one event.
     pub fn record<E: Serialize>(&self, event: &E) {
         let mut stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -26,7 +26,7 @@ use crate::{
     audit::Audit,
     host::Host,
     http,
-    provider::{self, Memory, ProviderConfig, ProviderStatus, Serials},
+    provider::{self, Change, Memory, ProviderConfig, ProviderStatus, Serials},
     state::{self, State},
     tunnel,
 };
@@ -160,10 +160,15 @@ impl Memory for Kept {
         }
     }
 
-    fn serials(&self, record: &[u8]) {
-        if let Err(error) = self.0.store_serials(record) {
+    fn serials(&self, change: &Change) -> bool {
+        let kept = match change {
+            Change::Whole(record) => self.0.store_serials(record),
+            Change::More(records) => self.0.add_serials(records),
+        };
+        if let Err(error) = &kept {
             tracing::error!("keeping the approvals' serials: {error}: after a restart an older one may be taken");
         }
+        kept.is_ok()
     }
 
     fn usage(&self, usage: Usage) {

@@ -35,7 +35,7 @@ use crate::{
     provider::ProviderStatus,
     settings::{self, Arguments, EXIT_CONFIG},
     socks5,
-    state::State,
+    state::{Lock, State},
     tunnel::CLIENT_INTERFACE,
 };
 
@@ -178,6 +178,8 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         version: env!("CARGO_PKG_VERSION").to_owned(),
     });
 
+    // Before anything is read or touched: a second daemon must not take down what the first has set up.
+    let _lock = Lock::take(&config.state_directory)?;
     let state = State::open(&config.state_directory, config.token_passphrase.as_ref())?;
     let host = Arc::new(Host::open()?);
     let metrics = Metrics::new().context("registering the metrics")?;

@@ -5,6 +5,7 @@
 //! read is an error that says what to do; it is kept beside when something new takes its place.
 
 mod files;
+mod lock;
 mod sealer;
 
 use std::{
@@ -21,6 +22,7 @@ use dvpn_common::{
 use dvpn_core::{config::Secret, directory::trust::PoolRecord, node::Usage, payment::Subscription, seal};
 use zeroize::Zeroizing;
 
+pub use self::lock::Lock;
 use self::{files::Files, sealer::Sealer};
 
 const TOKEN: &str = "token";
@@ -45,6 +47,26 @@ pub enum Error {
     #[error("the state directory {path} is not usable: give it to the daemon's user, mode 0700 (STATE_DIRECTORY)")]
     Directory {
         /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another daemon uses the directory.
+    #[error(
+        "{holder} uses the state directory {path} already: end it (systemctl stop dvpn, or kill it), or give this daemon \
+         another STATE_DIRECTORY"
+    )]
+    Taken {
+        /// Which directory.
+        path: PathBuf,
+        /// Who has it.
+        holder: String,
+    },
+    /// Nobody can tell whether another daemon uses the directory.
+    #[error("locking {path}: check its owner and the disk")]
+    Lock {
+        /// Which file.
         path: PathBuf,
         /// What the system said.
         #[source]
@@ -282,9 +304,14 @@ impl State {
         self.inner.files.read(SERIALS)
     }
 
-    /// Stores what a provider saw of serials.
+    /// Stores what a provider saw of serials in place of what was there.
     pub fn store_serials(&self, record: &[u8]) -> Result<(), Error> {
         self.inner.files.write(SERIALS, record)
+    }
+
+    /// Stores more of it behind what is there.
+    pub fn add_serials(&self, records: &[u8]) -> Result<(), Error> {
+        self.inner.files.append(SERIALS, records)
     }
 
     /// What a provider's clients carried this month.

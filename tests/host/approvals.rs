@@ -7,7 +7,7 @@ use dvpn_common::{
     contract::PeerEntry,
     keys::{PublicKey, VerifyingKey},
 };
-use dvpn_daemon::provider::{Ground, Refusal, Serials};
+use dvpn_daemon::provider::{Change, Ground, Refusal, Serials};
 use jiff::Timestamp;
 
 const NOW: i64 = 1_800_000_000;
@@ -87,7 +87,10 @@ fn a_good_approval_is_admitted_again_and_again_and_its_renewal_too() {
         admit(&pool.entry(&fields()), &mut serials),
         Err(Refusal::Serial { offered: 7, seen: 8 })
     );
-    let mut restarted = Serials::decode(&serials.encode(), now());
+    let Some(Change::Whole(record)) = serials.take_change() else {
+        panic!("there is something to keep");
+    };
+    let mut restarted = Serials::decode(&record, now());
     assert_eq!(
         admit(&pool.entry(&fields()), &mut restarted),
         Err(Refusal::Serial { offered: 7, seen: 8 }),

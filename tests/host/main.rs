@@ -16,6 +16,7 @@ mod isolation;
 mod limits;
 mod namespace;
 mod node;
+mod owner;
 mod pool;
 mod responders;
 #[path = "../tunnel/side.rs"]

@@ -12,7 +12,7 @@ use dvpn_common::{
 use dvpn_core::node::{Rules, Usage};
 use dvpn_daemon::{
     host::Host,
-    provider::{self, Event, Memory, ProviderConfig, ProviderStatus, Serials},
+    provider::{self, Change, Event, Memory, ProviderConfig, ProviderStatus, Serials},
     tunnel::{DEFAULT_MTU_BYTES, PeerConfig, Tunnel, TunnelConfig, userspace::UserspaceTunnel},
 };
 use jiff::Timestamp;
@@ -49,8 +49,13 @@ impl Memory for Kept {
     fn pool_key(&self, key: VerifyingKey) {
         *self.pool_key.lock().unwrap() = Some(key);
     }
-    fn serials(&self, record: &[u8]) {
-        *self.serials.lock().unwrap() = Some(record.to_vec());
+    fn serials(&self, change: &Change) -> bool {
+        let mut serials = self.serials.lock().unwrap();
+        match change {
+            Change::Whole(record) => *serials = Some(record.clone()),
+            Change::More(records) => serials.as_mut().unwrap().extend(records),
+        }
+        true
     }
     fn usage(&self, usage: Usage) {
         *self.usage.lock().unwrap() = Some(usage);

@@ -10,6 +10,7 @@
 //! | `contract` | a pool and a provider that speak only the plain contract |
 //! | `failover` | what happens when a provider dies, and when it does not |
 //! | `fallback` | what the orchestrator does when the pool fails |
+//! | `owner` | a provider's hours and its month's volume, over crashes too |
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
 //! | `renewal` | a fresh key under a running tunnel, without a lost packet |
@@ -26,5 +27,6 @@ mod footprint;
 mod hostile;
 mod lab;
 mod leaks;
+mod owner;
 mod payment;
 mod renewal;

@@ -23,6 +23,7 @@ pub mod bus;
 pub mod capture;
 pub mod certs;
 pub mod client;
+pub mod hours;
 pub mod http;
 pub mod https;
 pub mod namespace;

@@ -132,7 +132,7 @@ fn client(seed: u8, allowed: bool) -> PeerConfig {
 
 /// What a provider does when a client renews: the new key has no addresses until its first handshake, then it has
 /// them all and the old key is gone.
-async fn provide(tunnel: Arc<dyn Tunnel>) -> Result<()> {
+pub(crate) async fn provide(tunnel: Arc<dyn Tunnel>) -> Result<()> {
     tunnel.set_peers(vec![client(NEXT, false)]).await?;
     let moved = async {
         loop {
@@ -155,7 +155,7 @@ async fn provide(tunnel: Arc<dyn Tunnel>) -> Result<()> {
     Ok(())
 }
 
-fn renewal() -> Renewal {
+pub(crate) fn renewal() -> Renewal {
     Renewal {
         private_key: key(NEXT).0,
         peer: config(1, Setup::default()).peers.remove(0),

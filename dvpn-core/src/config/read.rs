@@ -264,6 +264,7 @@ impl<'a> Reader<'a> {
             rules: Rules {
                 monthly_cap_bytes: self.count("NODE_MONTHLY_CAP_GB").saturating_mul(1_000_000_000),
                 schedule: self.parsed("NODE_SCHEDULE").unwrap_or_default(),
+                ..Rules::default()
             },
             limit_bits_per_second: self.read("NODE_LIMIT_MBPS", megabits).filter(|rate| *rate > 0),
         }

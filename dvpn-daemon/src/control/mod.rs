@@ -4,6 +4,7 @@
 //! driver as a [`Command`]; whatever is read comes from the one `watch` of [`Status`].
 
 pub mod dbus;
+mod denials;
 pub mod http;
 pub mod metrics;
 pub mod payments;
@@ -13,6 +14,7 @@ use dvpn_core::{audit::Event, session::Choice};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{audit::Audit, logs::Tail};
+use denials::Denials;
 use payments::{Checkout, Payments};
 
 /// Most log lines one call returns.
@@ -70,6 +72,7 @@ pub struct Control {
     status: watch::Receiver<Status>,
     tail: Tail,
     audit: Audit,
+    denials: Denials,
     payments: Payments,
     provider: Provider,
     own_uid: u32,
@@ -108,6 +111,7 @@ impl Control {
             commands,
             status,
             tail,
+            denials: Denials::new(audit.clone()),
             audit,
             payments,
             provider,
@@ -177,19 +181,19 @@ impl Control {
 
     fn authorize(&self, caller: Caller, command: &str) -> Result<(), Error> {
         let allowed = caller.uid == 0 || caller.uid == self.own_uid;
+        if !allowed {
+            self.denials.record(caller.uid, command);
+            return Err(Error::Denied { uid: caller.uid });
+        }
         // Reading changes nothing; only a denied read is worth a record.
-        if !(allowed && matches!(command, "logs" | "status")) {
+        if !matches!(command, "logs" | "status") {
             self.audit.record(&Event::Command {
                 command: command.to_owned(),
                 uid: Some(caller.uid),
                 allowed,
             });
         }
-        if allowed {
-            Ok(())
-        } else {
-            Err(Error::Denied { uid: caller.uid })
-        }
+        Ok(())
     }
 
     async fn send(&self, command: impl FnOnce(oneshot::Sender<()>) -> Command) -> Result<(), Error> {

@@ -42,7 +42,7 @@ const MAX_ADMITTED: usize = 64;
 #[derive(Default)]
 pub(super) struct Known {
     /// The stored record, once it was read. Held while a list or an approval is judged by it.
-    record: tokio::sync::Mutex<Option<PoolRecord>>,
+    record: tokio::sync::Mutex<Remembered>,
     /// Held while it is fetched, so that two askers fetch once.
     challenge: tokio::sync::Mutex<Challenge>,
     /// The token that each key was approved for: the one that releases it.
@@ -79,11 +79,29 @@ impl Challenge {
     }
 }
 
-async fn store(state: &State, record: &PoolRecord) {
-    if let Err(error) = state.store_pool_record(record).await {
-        tracing::error!(
-            "remembering the pool's key and version: {error}: a restart begins with what was stored before"
-        );
+/// The record, and whether the disk has it.
+#[derive(Default)]
+struct Remembered {
+    record: Option<PoolRecord>,
+    /// The last write failed, or was not waited for: the next list or approval brings another.
+    owed: bool,
+}
+
+impl Remembered {
+    /// Writes what is new, or what is still owed.
+    async fn keep(&mut self, state: &State, changed: bool) {
+        let Some(record) = self.record.as_ref().filter(|_| changed || self.owed) else {
+            return;
+        };
+        // Whoever stops waiting now leaves it owed.
+        self.owed = true;
+        match state.store_pool_record(record).await {
+            Ok(()) => self.owed = false,
+            Err(error) => tracing::error!(
+                "remembering the pool's key and version: {error}: it is tried again; until then a restart begins with \
+                 what was stored before"
+            ),
+        }
     }
 }
 
@@ -109,9 +127,9 @@ impl Shared {
 
     /// The record of this pool, read from the state directory at first use. One that does not read refuses everything:
     /// it may have held a key.
-    async fn record<'a>(&self, slot: &'a mut Option<PoolRecord>) -> Result<&'a mut PoolRecord, Failure> {
+    async fn record<'a>(&self, slot: &'a mut Remembered) -> Result<&'a mut PoolRecord, Failure> {
         let url = self.pool()?.url().to_string();
-        let record = if let Some(record) = slot.take() {
+        let record = if let Some(record) = slot.record.take() {
             record
         } else {
             let stored = self.state.pool_record().await;
@@ -121,7 +139,7 @@ impl Shared {
             })?;
             stored.unwrap_or_default().applied_to(&url, self.pool_key)
         };
-        Ok(slot.insert(record))
+        Ok(slot.record.insert(record))
     }
 
     pub(super) async fn list(&self) -> Result<Directory, Failure> {
@@ -157,12 +175,11 @@ impl Shared {
         };
         if let (Some(signer), Some(version)) = (directory.signer, directory.version) {
             let before = record.key;
-            if record.saw_list(signer, version) {
-                store(&self.state, record).await;
-            }
+            let changed = record.saw_list(signer, version);
             if before != Some(signer) {
                 announce(&self.audit, before, signer);
             }
+            slot.keep(&self.state, changed).await;
         }
         Ok(directory)
     }
@@ -224,10 +241,9 @@ impl Shared {
         };
         let approval =
             Approval::from_pool(&asked, status, &body).map_err(|error| redacted(Failure::from(error), &token))?;
-        if let (Some(_), Some(serial)) = (record.key, approval.serial())
-            && record.saw_approval(serial)
-        {
-            store(&self.state, record).await;
+        if let (Some(_), Some(serial)) = (record.key, approval.serial()) {
+            let changed = record.saw_approval(serial);
+            slot.keep(&self.state, changed).await;
         }
         drop(slot);
         self.admit(client_key, token);
@@ -305,4 +321,36 @@ struct Asking<'a> {
     key: &'a PrivateKey,
     client_key: PublicKey,
     renews: Option<PublicKey>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_record_that_could_not_be_written_is_written_with_the_next_list_though_that_says_nothing_new() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = State::open(directory.path(), None).unwrap();
+        // In the file's place stands what no file can replace.
+        let in_the_way = directory.path().join("pool/full");
+        std::fs::create_dir_all(&in_the_way).unwrap();
+        let (signer, mut slot) = (VerifyingKey::from_bytes([7; 32]).unwrap(), Remembered::default());
+        let mut seen = slot.record.insert(PoolRecord::default()).saw_list(signer, 5);
+        for _ in 0..2 {
+            slot.keep(&state, seen).await;
+            assert!(slot.owed, "the write failed");
+            seen = slot.record.as_mut().unwrap().saw_list(signer, 5);
+            assert!(!seen, "the same list");
+        }
+        std::fs::remove_dir_all(directory.path().join("pool")).unwrap();
+        slot.keep(&state, seen).await;
+        assert!(!slot.owed);
+        assert_eq!(state.pool_record().await.unwrap().unwrap().key, Some(signer));
+        std::fs::remove_file(directory.path().join("pool")).unwrap();
+        slot.keep(&state, false).await;
+        assert!(
+            state.pool_record().await.unwrap().is_none(),
+            "what is kept is not written again"
+        );
+    }
 }

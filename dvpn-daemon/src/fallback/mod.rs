@@ -11,6 +11,7 @@
 //! `dvpn_core::approval` or not at all.
 
 mod error;
+mod family;
 pub mod lease;
 mod run;
 pub mod script;
@@ -66,7 +67,7 @@ impl Fallback {
         lease::Orchestrator::new(Client::new(options), self.url.clone())
     }
 
-    /// Runs the program and returns what it printed. Dropping the future kills it, and everything in its process group.
+    /// Runs the program and returns what it printed. Dropping the future kills it, and everything that it started.
     pub async fn provision(&self, request: &ProvisionRequest) -> Result<Vec<u8>, Error> {
         let path = self.script.clone();
         // Some stat calls, on whatever file system the operator chose.

@@ -1,4 +1,4 @@
-//! One run of the program: its group dies with it, at its deadline, or when nobody waits any more.
+//! One run of the program: everything that it started dies with it, at its deadline, or when nobody waits any more.
 
 use std::{
     ffi::OsString,
@@ -15,7 +15,7 @@ use tokio::{
     sync::watch,
 };
 
-use super::{Error, Script};
+use super::{Error, Script, family};
 
 /// Most bytes of standard output that are read.
 pub(super) const MAX_OUTPUT_BYTES: usize = 64 * 1024;
@@ -28,21 +28,24 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Open files it may have: what programs expect, not what this daemon raised its own limit to.
 const MAX_FILES: u64 = 1024;
 
-/// The running program, first of its own process group. Dropping it kills the group.
+/// The running program, first of its own process group. Dropping it kills the group, and who left it.
 struct Group {
     child: Child,
     leader: Pid,
     exited: watch::Receiver<bool>,
-    reaped: bool,
+    /// Until it is reaped.
+    member: Option<family::Member>,
 }
 
 impl Group {
-    fn watch(child: Child) -> Result<Self, Error> {
-        let id = child.id().and_then(|id| i32::try_from(id).ok());
-        let leader = id.and_then(Pid::from_raw).ok_or_else(|| Error::Watch {
-            action: "reading its process id",
-            source: io::Error::from(io::ErrorKind::NotFound),
-        })?;
+    fn watch(child: Child, member: Option<family::Member>) -> Result<Self, Error> {
+        let leader = member
+            .as_ref()
+            .and_then(family::Member::leader)
+            .ok_or_else(|| Error::Watch {
+                action: "reading its process id",
+                source: io::Error::from(io::ErrorKind::NotFound),
+            })?;
         let (exiting, exited) = watch::channel(false);
         // It stays a zombie, so that its process id, which names the group, is nobody else's until the group is killed.
         tokio::task::spawn_blocking(move || {
@@ -54,7 +57,7 @@ impl Group {
             child,
             leader,
             exited,
-            reaped: false,
+            member,
         })
     }
 
@@ -65,11 +68,19 @@ impl Group {
         }
     }
 
+    /// Kills whatever it left behind. Only then are the pipes closed for sure.
+    async fn end_family(&self) {
+        kill_group(self.leader);
+        if let Err(error) = tokio::task::spawn_blocking(family::end_orphans).await {
+            tracing::warn!("ending what the fallback script left behind: {error}");
+        }
+    }
+
     /// Kills whatever it left behind, and reaps it.
     async fn reap(&mut self) -> Result<ExitStatus, Error> {
-        kill_group(self.leader);
+        self.end_family().await;
         let status = self.child.wait().await;
-        self.reaped = true;
+        self.member = None;
         status.map_err(|source| Error::Watch {
             action: "reading its exit status",
             source,
@@ -79,8 +90,9 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if !self.reaped {
+        if let Some(member) = self.member.take() {
             kill_group(self.leader);
+            member.abandon();
         }
     }
 }
@@ -101,7 +113,9 @@ pub(super) async fn run(
     secret: &Secret,
     timeout: Duration,
 ) -> Result<Vec<u8>, Error> {
-    let mut child = Command::new(script.program())
+    family::adopt_orphans();
+    let mut command = Command::new(script.program());
+    command
         .current_dir(script.directory())
         .env_clear()
         .envs(environment.iter().map(|(name, value)| (name, value)))
@@ -109,14 +123,13 @@ pub(super) async fn run(
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0)
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|source| Error::Start {
-            script: script.name().to_string_lossy().into_owned(),
-            source,
-        })?;
+        .kill_on_drop(true);
+    let (mut child, member) = family::start(&mut command).map_err(|source| Error::Start {
+        script: script.name().to_string_lossy().into_owned(),
+        source,
+    })?;
     let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let mut group = Group::watch(child)?;
+    let mut group = Group::watch(child, member)?;
     // Before it is told the token: a core file would hold it.
     limit(group.leader, Resource::Core, 0);
     limit(group.leader, Resource::Nofile, MAX_FILES);
@@ -127,13 +140,13 @@ pub(super) async fn run(
         });
     };
     let (mut answer, mut said) = (Vec::new(), Vec::new());
-    // A token that is cut in two at the end would not be found.
-    let keep = MAX_WORDS_BYTES + secret.expose().len();
+    // What is left out makes the rest shorter; a token that is cut in two at the end is left out as well.
+    let keep = 2 * MAX_WORDS_BYTES + secret.expose().len();
     let outcome = tokio::time::timeout(timeout, async {
         let talk = async { tokio::try_join!(read_all(output, &mut answer), keep_some(words, &mut said, keep)) };
         let left_open = async {
             group.ended().await;
-            kill_group(group.leader);
+            group.end_family().await;
             tokio::time::sleep(DRAIN_TIMEOUT).await;
             Err(Error::StillOpen)
         };
@@ -208,14 +221,19 @@ async fn keep_some(mut words: impl AsyncRead + Unpin, kept: &mut Vec<u8>, most: 
     }
 }
 
-/// Fit for a log: no token, no control characters but line ends, bounded.
+/// Fit for a log: no token nor the beginning of one at the end, where its reading or its writer was cut off, no control
+/// characters but line ends, bounded.
 pub(super) fn redacted(said: &[u8], secret: &Secret) -> String {
     let text = String::from_utf8_lossy(said);
-    let text = match secret.expose() {
-        "" => text.into_owned(),
-        token => text.replace(token, "[token]"),
-    };
     let mut clean: String = text.chars().filter(|c| *c == '\n' || !c.is_control()).collect();
+    let token = secret.expose();
+    if !token.is_empty() {
+        clean = clean.replace(token, "[token]");
+        let begun = (1..token.len())
+            .rev()
+            .find(|length| token.get(..*length).is_some_and(|beginning| clean.ends_with(beginning)));
+        clean.truncate(clean.len() - begun.unwrap_or(0));
+    }
     clean.truncate(clean.floor_char_boundary(MAX_WORDS_BYTES));
     clean
 }

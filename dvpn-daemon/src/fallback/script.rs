@@ -3,7 +3,7 @@
 //! Every directory from the root down is opened without following links and checked through its descriptor. The
 //! program is then started with the last of them as its working directory, entered through that descriptor: the path
 //! is walked once, nothing of ours is inherited, and an interpreter opens the same file. Inside that directory only
-//! root, or we ourselves, could put another file in its place.
+//! root could put another file in its place.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -39,9 +39,10 @@ pub enum Untrusted {
         #[source]
         source: Errno,
     },
-    /// Neither root's nor ours.
+    /// Not root's.
     #[error(
-        "FALLBACK_SCRIPT_PATH: {} belongs to user {owner}, who could change what is run: chown it to root",
+        "FALLBACK_SCRIPT_PATH: {} belongs to user {owner}, who could change what is run: chown it to root, also if that is \
+         the daemon's own user",
         path.display()
     )]
     Owner {
@@ -69,7 +70,8 @@ pub enum Untrusted {
     },
 }
 
-/// A program that only root or we could have written.
+/// A program that only root could have written: not we ourselves, for then whoever breaks into this process could leave
+/// something behind that it starts again.
 #[derive(Debug)]
 pub struct Script {
     directory: OwnedFd,
@@ -79,6 +81,11 @@ pub struct Script {
 impl Script {
     /// Opens and checks `path` and every directory above it.
     pub fn open(path: &Path) -> Result<Self, Untrusted> {
+        Self::open_as(path, geteuid().is_root())
+    }
+
+    /// As root, or not.
+    pub(super) fn open_as(path: &Path, root: bool) -> Result<Self, Untrusted> {
         let not_absolute = || Untrusted::NotAbsolute { path: path.to_owned() };
         let name = path.file_name().ok_or_else(not_absolute)?.to_owned();
         let mut components = path.parent().ok_or_else(not_absolute)?.components();
@@ -88,14 +95,14 @@ impl Script {
         let mut walked = PathBuf::from("/");
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mut directory = open("/", flags, Mode::empty()).map_err(failed(&walked))?;
-        check_directory(&status(&directory, &walked)?, &walked)?;
+        check_directory(&status(&directory, &walked)?, &walked, root)?;
         for component in components {
             let Component::Normal(part) = component else {
                 return Err(not_absolute());
             };
             walked.push(part);
             directory = openat(&directory, part, flags, Mode::empty()).map_err(failed(&walked))?;
-            check_directory(&status(&directory, &walked)?, &walked)?;
+            check_directory(&status(&directory, &walked)?, &walked, root)?;
         }
         // A pipe must not be waited for before it is seen to be one.
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
@@ -142,7 +149,7 @@ fn status(descriptor: &impl AsFd, path: &Path) -> Result<FileStat, Untrusted> {
 }
 
 fn check_owner(seen: &FileStat, path: &Path) -> Result<(), Untrusted> {
-    if seen.st_uid == 0 || seen.st_uid == geteuid().as_raw() {
+    if seen.st_uid == 0 {
         Ok(())
     } else {
         Err(Untrusted::Owner {
@@ -152,12 +159,13 @@ fn check_owner(seen: &FileStat, path: &Path) -> Result<(), Untrusted> {
     }
 }
 
-/// In a sticky directory of root's, like /tmp, others can add entries and cannot touch root's or ours.
-fn check_directory(seen: &FileStat, path: &Path) -> Result<(), Untrusted> {
+/// In a sticky directory, like /tmp, others can add entries and cannot touch root's. That is good enough for root alone:
+/// a daemon that is not root has no reason to start anything from such a place.
+fn check_directory(seen: &FileStat, path: &Path, root: bool) -> Result<(), Untrusted> {
     check_owner(seen, path)?;
     let mode = seen.st_mode & 0o7777;
-    let sticky = mode & 0o1000 != 0 && seen.st_uid == 0;
-    if mode & 0o022 != 0 && !sticky {
+    let sticky = mode & 0o1000 != 0;
+    if mode & 0o022 != 0 && !(sticky && root) {
         return Err(Untrusted::Writable {
             path: path.to_owned(),
             mode,

@@ -216,15 +216,56 @@ async fn a_child_in_the_background_is_killed_and_the_answer_counts() {
 }
 
 #[tokio::test]
-async fn a_child_that_left_the_group_with_the_output_open_is_not_waited_for() {
+async fn a_child_that_left_the_group_with_the_output_open_is_ended_and_not_waited_for() {
     let bed =
         Bed::new("setsid sh -c 'echo $$ >child; exec sleep 30' & while [ ! -s child ]; do sleep 0.05; done; echo '{}'");
     let begun = Instant::now();
-    let error = bed.run(PATIENCE).await.unwrap_err();
-    assert!(matches!(error, Error::StillOpen), "{error}");
+    assert_eq!(bed.answer().await, "{}\n");
     assert!(begun.elapsed() < Duration::from_secs(25));
-    let escaped = nix::unistd::Pid::from_raw(bed.pid_in("child").await);
-    nix::sys::signal::kill(escaped, nix::sys::signal::Signal::SIGKILL).unwrap();
+    wait_until_gone(bed.pid_in("child").await).await;
+}
+
+/// Leaves the group and the session, twice over, with a parent that is gone, and says so.
+const ESCAPE: &str =
+    "setsid sh -c '(setsid sh -c \"echo \\$\\$ >far; exec sleep 1000\" &) ; echo $$ >near; exec sleep 1000' \
+    </dev/null >/dev/null 2>&1 &
+    while [ ! -s near ] || [ ! -s far ]; do sleep 0.02; done";
+
+#[tokio::test]
+async fn whoever_leaves_the_group_and_the_session_is_ended_too() {
+    for (end, cancelled) in [
+        ("echo '{}'", false),
+        ("exit 1", false),
+        ("sleep 1000", false),
+        ("sleep 1000", true),
+    ] {
+        let bed = Bed::new(&format!("{ESCAPE}\n{end}"));
+        let fallback = bed.fallback(if end == "sleep 1000" && !cancelled {
+            Duration::from_secs(5)
+        } else {
+            PATIENCE
+        });
+        let task = tokio::spawn(async move { fallback.provision(&request()).await });
+        let (near, far) = (bed.pid_in("near").await, bed.pid_in("far").await);
+        if cancelled {
+            task.abort();
+        }
+        let ended = task.await;
+        assert_eq!(ended.is_err(), cancelled);
+        if let Ok(answer) = ended {
+            assert_eq!(answer.is_ok(), end.starts_with("echo"), "{end}");
+        }
+        for pid in [near, far] {
+            wait_until_gone(pid).await;
+            // Nor is a dead one left for ever.
+            let reaped = tokio::time::timeout(PATIENCE, async {
+                while Path::new(&format!("/proc/{pid}")).exists() {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            });
+            reaped.await.unwrap_or_else(|_| panic!("{pid} is a zombie"));
+        }
+    }
 }
 
 #[tokio::test]
@@ -265,9 +306,13 @@ fn a_script_that_somebody_else_could_change_is_not_run() {
     for directory in [inner.as_path(), inner.parent().unwrap()] {
         fs::set_permissions(directory, Permissions::from_mode(0o777)).unwrap();
         assert!(matches!(Script::open(&below), Err(Untrusted::Writable { .. })));
-        // Sticky is good enough for root's directories alone; ours are only root's when we are root.
+        // Sticky is good enough for root alone.
         fs::set_permissions(directory, Permissions::from_mode(0o1777)).unwrap();
-        assert_eq!(Script::open(&below).is_ok(), nix::unistd::geteuid().is_root());
+        assert!(Script::open_as(&below, true).is_ok());
+        assert!(matches!(
+            Script::open_as(&below, false),
+            Err(Untrusted::Writable { .. })
+        ));
         fs::set_permissions(directory, Permissions::from_mode(0o755)).unwrap();
     }
 
@@ -291,12 +336,18 @@ fn a_script_that_somebody_else_could_change_is_not_run() {
     let pipe = bed.directory.path().join("pipe");
     nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o755)).unwrap();
     assert!(matches!(Script::open(&pipe), Err(Untrusted::NotExecutable { .. })));
-    if nix::unistd::geteuid().is_root() {
-        std::os::unix::fs::chown(&bed.script, Some(65534), None).unwrap();
-        assert!(matches!(
-            Script::open(&bed.script),
-            Err(Untrusted::Owner { owner: 65534, .. })
-        ));
+    // Whoever the daemon runs as: the script is root's, and every directory above it.
+    for mine in [bed.script.as_path(), bed.directory.path()] {
+        std::os::unix::fs::chown(mine, Some(65534), None).unwrap();
+        for root in [true, false] {
+            // To who is not root the directory above, sticky, is the first thing that is wrong.
+            let refused = Script::open_as(&bed.script, root);
+            assert!(matches!(
+                (root, refused),
+                (true, Err(Untrusted::Owner { owner: 65534, .. })) | (false, Err(Untrusted::Writable { .. }))
+            ));
+        }
+        std::os::unix::fs::chown(mine, Some(0), None).unwrap();
     }
 }
 
@@ -335,4 +386,45 @@ fn words_are_bounded_printable_and_without_the_token() {
     // A token across the limit is not shown in part.
     let said = format!("{}{TOKEN}", "x".repeat(8190));
     assert!(!redacted(said.as_bytes(), &secret).contains("dev"));
+    // Nor one with something between its letters that is not shown.
+    let said = TOKEN.replace('-', "-\x07");
+    assert_eq!(redacted(said.as_bytes(), &secret), "[token]");
+}
+
+#[test]
+fn no_part_of_a_token_is_shown_wherever_the_words_are_cut_off() {
+    let secret = Secret::new(TOKEN);
+    // Tokens before it, and what is not printable, make what is shown shorter than what was read.
+    for before in ["", &TOKEN.repeat(9), &"\x07".repeat(500)] {
+        for padding in 8100..8300 {
+            let said = format!("{before}{}{TOKEN} and more", "x".repeat(padding));
+            for cut in (0..=TOKEN.len()).map(|part| before.len() + padding + part) {
+                let clean = redacted(&said.as_bytes()[..cut], &secret);
+                assert!(
+                    !clean.contains("dev") && clean.len() <= 8192,
+                    "{} {padding} {cut}: {}",
+                    before.len(),
+                    &clean[8000..]
+                );
+            }
+        }
+    }
+}
+
+/// Through the pipe: more is said than is kept, with the token at every offset around where the keeping ends.
+#[tokio::test]
+async fn no_part_of_a_token_reaches_the_reason_of_a_failure_wherever_its_words_are_cut_off() {
+    let kept = 2 * 8192 + TOKEN.len();
+    for offset in 0..=TOKEN.len() {
+        // All but the last lines is unprintable, so that what was read last is what is shown.
+        let padding = kept - offset - 1;
+        let bed = Bed::new(&format!(
+            "t=$(cut -d'\"' -f8); {{ head -c {padding} /dev/zero; echo; printf '%s and more' \"$t\"; }} >&2; exit 1"
+        ));
+        let error = bed.run(PATIENCE).await.unwrap_err();
+        let Error::Failed { said, .. } = &error else {
+            panic!("{error}")
+        };
+        assert!(!said.contains("dev"), "{offset}: {said}");
+    }
 }

@@ -4,83 +4,116 @@ use std::{sync::Arc, time::Duration};
 
 use dvpn_common::keys::VerifyingKey;
 use dvpn_core::node::Usage;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-/// No more often than this is anything written.
+use super::Change;
+
+/// No more often than this is the volume written.
 const PAUSE: Duration = Duration::from_millis(300);
+/// The pool waits two seconds for an acknowledgement.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where a provider's memory is kept. Failures are the keeper's to log: a provider goes on without.
 pub trait Memory: Send + Sync {
     /// The pool's key was learned, or followed to a new one.
     fn pool_key(&self, key: VerifyingKey);
-    /// [`super::Serials::encode`]. May block for as long as a disk takes.
-    fn serials(&self, record: &[u8]);
+    /// [`super::Serials::take_change`]: says whether it is kept now, over a loss of power too. May block for as long as a
+    /// disk takes.
+    fn serials(&self, change: &Change) -> bool;
     /// Volume of the month. May block for as long as a disk takes.
     fn usage(&self, usage: Usage);
 }
 
-/// The newest of each; older ones that were not written yet are nobody's loss.
-#[derive(Clone, Default)]
-struct Newest {
-    serials: Option<Arc<[u8]>>,
-    usage: Option<Usage>,
-}
+/// A change of serials, and who waits until it is kept.
+type Order = (Change, oneshot::Sender<bool>);
 
-/// Writes off the threads that move packets, the newest state a few times a second at most.
+/// Writes off the threads that move packets: serials one after the other, while somebody waits for it; of the volume the
+/// newest, a few times a second at most.
 pub(super) struct Keeper {
-    newest: watch::Sender<Newest>,
+    usage: watch::Sender<Option<Usage>>,
+    serials: mpsc::Sender<Order>,
     end: CancellationToken,
-    task: AbortOnDropHandle<()>,
+    tasks: [AbortOnDropHandle<()>; 2],
 }
 
 impl Keeper {
     pub(super) fn spawn(memory: Arc<dyn Memory>) -> Self {
-        let (newest, seen) = watch::channel(Newest::default());
+        let (usage, usage_seen) = watch::channel(None);
+        let (serials, orders) = mpsc::channel(1);
         let end = CancellationToken::new();
-        let task = AbortOnDropHandle::new(tokio::spawn(keep(memory, seen, end.clone())));
-        Self { newest, end, task }
+        let tasks = [
+            AbortOnDropHandle::new(tokio::spawn(keep_usage(Arc::clone(&memory), usage_seen, end.clone()))),
+            AbortOnDropHandle::new(tokio::spawn(keep_serials(memory, orders))),
+        ];
+        Self {
+            usage,
+            serials,
+            end,
+            tasks,
+        }
     }
 
-    pub(super) fn serials(&self, record: Vec<u8>) {
-        self.newest.send_modify(|newest| newest.serials = Some(record.into()));
+    /// Waits until the change is kept, but not for ever: peers whose time is over must go, also while a disk hangs. False
+    /// if it is not kept, or if nobody knows.
+    pub(super) async fn serials(&self, change: Change) -> bool {
+        let (done, kept) = oneshot::channel();
+        let keeping = async {
+            self.serials.send((change, done)).await.ok()?;
+            kept.await.ok()
+        };
+        let kept = tokio::time::timeout(PATIENCE, keeping).await;
+        kept.unwrap_or_else(|_elapsed| {
+            tracing::error!("keeping serials takes longer than {PATIENCE:?}: see what keeps the disk busy");
+            None
+        })
+        .unwrap_or(false)
     }
 
     pub(super) fn usage(&self, usage: Usage) {
-        self.newest.send_modify(|newest| newest.usage = Some(usage));
+        self.usage.send_replace(Some(usage));
     }
 
     /// Writes what is left.
     pub(super) async fn finish(self) {
         self.end.cancel();
-        // A write that fails was logged; a task that died wrote nothing more.
-        self.task.await.ok();
+        drop(self.serials);
+        for task in self.tasks {
+            // A write that fails was logged; a task that died wrote nothing more.
+            task.await.ok();
+        }
     }
 }
 
-async fn keep(memory: Arc<dyn Memory>, mut newest: watch::Receiver<Newest>, end: CancellationToken) {
-    let mut written = Newest::default();
+async fn keep_serials(memory: Arc<dyn Memory>, mut orders: mpsc::Receiver<Order>) {
+    while let Some((change, done)) = orders.recv().await {
+        let memory = Arc::clone(&memory);
+        let kept = tokio::task::spawn_blocking(move || memory.serials(&change)).await;
+        let kept = kept.unwrap_or_else(|error| {
+            tracing::error!("keeping serials: {error}");
+            false
+        });
+        if done.send(kept).is_err() {
+            tracing::debug!("nobody waited until the serials were kept");
+        }
+    }
+}
+
+async fn keep_usage(memory: Arc<dyn Memory>, mut newest: watch::Receiver<Option<Usage>>, end: CancellationToken) {
+    let mut written = None;
     loop {
         let ending = tokio::select! {
             changed = newest.changed() => changed.is_err(),
             () = end.cancelled() => true,
         };
-        let now = newest.borrow_and_update().clone();
-        let serials = now.serials.clone().filter(|new| Some(new) != written.serials.as_ref());
-        let usage = now.usage.filter(|new| Some(*new) != written.usage);
-        written = now;
-        let memory = Arc::clone(&memory);
-        let done = tokio::task::spawn_blocking(move || {
-            if let Some(serials) = serials {
-                memory.serials(&serials);
+        let now = *newest.borrow_and_update();
+        if let Some(usage) = now.filter(|_| now != written) {
+            let memory = Arc::clone(&memory);
+            if let Err(error) = tokio::task::spawn_blocking(move || memory.usage(usage)).await {
+                tracing::error!("keeping the month's volume: {error}");
             }
-            if let Some(usage) = usage {
-                memory.usage(usage);
-            }
-        });
-        if let Err(error) = done.await {
-            tracing::error!("keeping what a provider remembers: {error}");
         }
+        written = now;
         if ending {
             return;
         }

@@ -3,6 +3,7 @@
 //! The pool says who may come; each approval is checked here before it becomes a peer, and ends here when its time is
 //! over, whether or not the pool still speaks. The firewall stands before the first peer and falls after the last.
 
+mod acks;
 mod admission;
 mod dns;
 mod echo;
@@ -42,7 +43,7 @@ pub use network::{NetworkError, check_networks};
 pub use node::run;
 pub use pool::Error as PoolError;
 pub use roster::MAX_PEERS;
-pub use serials::Serials;
+pub use serials::{Change, Serials};
 pub use status::{Event, PeerStatus, ProviderStatus};
 
 use crate::{

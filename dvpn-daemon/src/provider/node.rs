@@ -8,7 +8,7 @@ use std::{
 };
 
 use dvpn_common::{
-    contract::{Ack, RefusedPeer, Snapshot},
+    contract::{RefusedPeer, Snapshot},
     keys::VerifyingKey,
 };
 use dvpn_core::{
@@ -22,13 +22,15 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
-    EchoResponder, Error, Forwarder, Ground, Identity, PeerStatus, ProviderConfig, ProviderStatus, check_networks,
+    EchoResponder, Error, Forwarder, Ground, Identity, PeerStatus, ProviderConfig, ProviderStatus,
+    acks::{self, Acks},
+    check_networks,
     memory::Keeper,
     pool::{Pool, PoolEvent},
     registration::{Registration, Told, with_sources},
     roster::{Plan, Roster},
     status::{Event, Numbers},
-    stream::{Arrival, acknowledge, follow},
+    stream::{Arrival, follow},
     system_resolvers,
     volume::Volume,
 };
@@ -39,8 +41,6 @@ use crate::{
 
 /// Peers are compared with what should be at least this often.
 const TICK: Duration = Duration::from_secs(5);
-/// How often a renewal's handshake is looked for.
-const WATCH_EVERY: Duration = Duration::from_millis(10);
 /// How often the month's volume is kept.
 const KEEP_USAGE_EVERY: Duration = Duration::from_secs(20);
 
@@ -69,8 +69,8 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
     .await
     .map_err(Error::Tunnel)?;
 
-    let (acks, to_acknowledge) = mpsc::channel(64);
-    let mut node = Node::new(&config, tunnel, acks);
+    let acks = Acks::default();
+    let mut node = Node::new(&config, tunnel, acks.clone());
     node.decide(Timestamp::now());
     let admission_seen = node.admission.subscribe();
     let registration = || Registration {
@@ -102,7 +102,13 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
             }
         }))
     };
-    let ack_task = AbortOnDropHandle::new(tokio::spawn(acknowledge(pool.clone(), to_acknowledge)));
+    let ack_task = {
+        let pool = pool.clone();
+        AbortOnDropHandle::new(tokio::spawn(acks::tell(acks, move |ack| {
+            let pool = pool.clone();
+            async move { pool.acknowledge(&ack).await }
+        })))
+    };
 
     let channels = Channels {
         arriving: &mut arriving,
@@ -141,11 +147,11 @@ struct Node<'a> {
     cap_reached: Option<Timestamp>,
     admission: watch::Sender<Admission>,
     keeper: Keeper,
-    acks: mpsc::Sender<Ack>,
+    acks: Acks,
 }
 
 impl<'a> Node<'a> {
-    fn new(config: &'a ProviderConfig, tunnel: Box<dyn Tunnel>, acks: mpsc::Sender<Ack>) -> Self {
+    fn new(config: &'a ProviderConfig, tunnel: Box<dyn Tunnel>, acks: Acks) -> Self {
         let empty = Usage {
             month: Month::of(Timestamp::now()),
             bytes: 0,
@@ -182,6 +188,8 @@ impl<'a> Node<'a> {
             mut drained,
         } = channels;
         let mut changes = self.config.host.network_changes().await.map_err(Error::Host)?;
+        let left = self.config.host.provider_carried().map_err(Error::Host)?;
+        self.volume.begin(left);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -190,7 +198,7 @@ impl<'a> Node<'a> {
                     .unwrap_or_default()
                     .min(TICK)
             });
-            let watches = self.roster.watches(Instant::now());
+            let look_again = self.roster.watches(Instant::now());
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 reason = self.tunnel.died() => return Err(Error::TunnelDied(reason)),
@@ -207,7 +215,7 @@ impl<'a> Node<'a> {
                 Some(()) = changes.next(), if !self.networks.is_empty() => {
                     self.config.host.provider_refresh().await.map_err(Error::Host)?;
                 }
-                () = tokio::time::sleep(WATCH_EVERY), if watches => self.look().await?,
+                () = tokio::time::sleep(look_again.unwrap_or_default()), if look_again.is_some() => self.look().await?,
                 () = tokio::time::sleep(until_expiry) => self.reconcile().await?,
                 Ok(()) = drained.changed() => {
                     self.decide(Timestamp::now());
@@ -239,18 +247,24 @@ impl<'a> Node<'a> {
             Arrival::Event(PoolEvent::Added(added)) => {
                 let ground = self.ground(pool_key);
                 let refused = self.roster.add(&added.peer, &ground, now()).err();
-                self.settle(added.sequence, refused.into_iter().collect()).await
+                self.settle(refused.as_slice()).await?;
+                self.acks.one(added.sequence, &added.peer.public_key, refused);
+                Ok(())
             }
             Arrival::Event(PoolEvent::Removed(removed)) => {
                 self.roster.remove(&removed.public_key);
-                self.settle(removed.sequence, Vec::new()).await
+                self.settle(&[]).await?;
+                self.acks.one(removed.sequence, &removed.public_key, None);
+                Ok(())
             }
             Arrival::Event(PoolEvent::Released(released)) => {
                 self.roster.release(&released.public_key, Instant::now());
                 if let Some(peer) = self.numbers.known(&released.public_key) {
                     (self.config.audit)(Event::PeerReleased { peer });
                 }
-                self.settle(released.sequence, Vec::new()).await
+                self.settle(&[]).await?;
+                self.acks.one(released.sequence, &released.public_key, None);
+                Ok(())
             }
         }
     }
@@ -335,14 +349,16 @@ impl<'a> Node<'a> {
                     public_key: peer.public_key,
                     reason: reason.clone(),
                 });
-                self.acknowledge(snapshot.sequence, refused.collect());
+                self.acks.snapshot(snapshot.sequence, refused.collect());
                 return Ok(());
             }
             self.renumber(&snapshot.networks).await?;
         }
         let ground = self.ground(pool_key);
         let refused = self.roster.replace(&snapshot.peers, &ground, now());
-        self.settle(snapshot.sequence, refused).await
+        self.settle(&refused).await?;
+        self.acks.snapshot(snapshot.sequence, refused);
+        Ok(())
     }
 
     /// Brings the machine up for these networks, without any peer.
@@ -380,25 +396,22 @@ impl<'a> Node<'a> {
         }
     }
 
-    async fn settle(&mut self, sequence: u64, refused: Vec<RefusedPeer>) -> Result<(), Error> {
-        self.reconcile().await?;
-        if let Some(serials) = self.roster.changed_serials() {
-            self.keeper.serials(serials);
+    /// Carries out what was decided, before the pool hears of it.
+    async fn settle(&mut self, refused: &[RefusedPeer]) -> Result<(), Error> {
+        // Before anybody is a peer by them: a crash must not forget what they replaced.
+        if let Some(change) = self.roster.changed_serials()
+            && !self.keeper.serials(change).await
+        {
+            self.roster.serials_not_kept();
         }
-        for peer in &refused {
+        self.reconcile().await?;
+        for peer in refused {
             tracing::warn!("a client was refused: {}", peer.reason);
             (self.config.audit)(Event::PeerRefused {
                 reason: peer.reason.clone(),
             });
         }
-        self.acknowledge(sequence, refused);
         Ok(())
-    }
-
-    fn acknowledge(&self, sequence: u64, refused: Vec<RefusedPeer>) {
-        if self.acks.try_send(Ack { sequence, refused }).is_err() {
-            tracing::warn!("the pool takes no acknowledgements; it will ask again");
-        }
     }
 
     /// Whether a renewal has shaken hands.

@@ -17,7 +17,7 @@ use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 
 use super::{
-    Serials,
+    Change, Serials,
     admission::{Admitted, Ground, Refusal},
 };
 use crate::tunnel::{PeerConfig, PeerStats};
@@ -27,8 +27,16 @@ pub const MAX_PEERS: usize = 4096;
 /// A connection is active for this long after a handshake: a session can be used for no longer
 /// (whitepaper, section 6.1: Reject-After-Time).
 pub(super) const ACTIVE: Duration = Duration::from_mins(3);
-/// A renewal is watched closely for this long; later it is noticed with the next comparison.
+/// A renewal is watched for this long; later it is noticed with the next comparison.
 const WATCH: Duration = Duration::from_secs(30);
+/// So closely at first: until it is seen the client sends nothing.
+const CLOSELY: Duration = Duration::from_millis(10);
+/// For so long: a client that renews shakes hands within two seconds of its approval.
+const AT_FIRST: Duration = Duration::from_secs(3);
+/// In the end no more closely than this: whoever never shakes hands is not worth the device's time.
+const LOOSELY: Duration = Duration::from_millis(250);
+/// Old keys that are remembered as renewed.
+const MAX_RENEWED: usize = 2 * MAX_PEERS;
 /// Renewals of renewals that a snapshot is sorted by; deeper ones are taken as they come.
 const MAX_DEPTH: usize = 8;
 
@@ -55,8 +63,9 @@ pub(super) struct Roster {
     max_clients: usize,
     clients: BTreeMap<PublicKey, Client>,
     holders: BTreeMap<IpNetwork, PublicKey>,
-    /// Whose addresses a renewal took at its handshake, and which. The pool may go on naming the old key.
-    renewed: BTreeMap<PublicKey, PublicKey>,
+    /// Whose addresses a renewal took at its handshake, which, and when the old approval ends: until then the pool may go
+    /// on naming the old key.
+    renewed: BTreeMap<PublicKey, (PublicKey, Timestamp)>,
     /// The same since somebody last asked: the connection goes on under another key.
     handed_over: Vec<(PublicKey, PublicKey)>,
     released: BTreeMap<PublicKey, Instant>,
@@ -89,9 +98,14 @@ impl Roster {
         }
     }
 
-    /// Serials, to be kept, if they changed since this was last asked.
-    pub(super) fn changed_serials(&mut self) -> Option<Vec<u8>> {
-        self.serials.take_changed().then(|| self.serials.encode())
+    /// What has to be kept of serials before the tunnel is told anything, if they changed since this was last asked.
+    pub(super) fn changed_serials(&mut self) -> Option<Change> {
+        self.serials.take_change()
+    }
+
+    /// What was to be kept is not, or nobody knows.
+    pub(super) fn serials_not_kept(&mut self) {
+        self.serials.rewrite();
     }
 
     /// The pool's key for its own handshakes; says whether it is another one than before.
@@ -110,9 +124,11 @@ impl Roster {
     /// Makes the clients equal to a snapshot; whom it leaves out goes. Says who was refused.
     pub(super) fn replace(&mut self, entries: &[PeerEntry], ground: &Ground, now: Now) -> Vec<RefusedPeer> {
         let named: BTreeSet<PublicKey> = entries.iter().map(|entry| entry.public_key).collect();
+        let kept = named.iter().chain(self.clients.keys());
+        self.serials.make_room(named.len(), kept, now.wall);
         let before = std::mem::take(&mut self.clients);
         self.holders.clear();
-        self.renewed.retain(|_, new| named.contains(new));
+        self.renewed.retain(|_, (new, _)| named.contains(new));
         self.released.retain(|key, _| named.contains(key));
         // A snapshot says who is there, not who is new.
         let draining = self.draining.take();
@@ -132,7 +148,7 @@ impl Roster {
     /// Admits one client, or says why not. A refused renewal leaves the client as it was.
     pub(super) fn add(&mut self, entry: &PeerEntry, ground: &Ground, now: Now) -> Result<(), RefusedPeer> {
         let key = entry.public_key;
-        if let Some(successor) = self.renewed.get(&key) {
+        if let Some((successor, _)) = self.renewed.get(&key) {
             if entry.renews != Some(*successor) {
                 // Its addresses went to its renewal, which is what was asked for.
                 return Ok(());
@@ -155,6 +171,7 @@ impl Roster {
         if !self.clients.contains_key(&key) && self.clients.len() >= 2 * MAX_PEERS {
             return Err(refused(Refusal::Full));
         }
+        self.serials.make_room(1, self.clients.keys().chain([&key]), now.wall);
         let holders = &self.holders;
         let taken = |address: &IpNetwork| holders.get(address).copied().filter(|holder| Some(*holder) != renews);
         let admitted = ground
@@ -172,7 +189,7 @@ impl Roster {
     /// The holder of the addresses that this entry renews: the renewed client, or whom it is itself waiting for.
     fn renewable(&self, entry: &PeerEntry) -> Option<PublicKey> {
         let old = entry.renews.filter(|old| *old != entry.public_key)?;
-        let old = self.renewed.get(&old).copied().unwrap_or(old);
+        let old = self.renewed.get(&old).map_or(old, |(new, _)| *new);
         let holder = self.clients.get(&old)?.waits_for.unwrap_or(old);
         let same = self.clients.get(&holder)?.admitted.addresses == entry.addresses;
         (same && holder != entry.public_key).then_some(holder)
@@ -258,9 +275,14 @@ impl Roster {
             .chain([old])
             .collect();
         for gone in superseded {
-            self.clients.remove(&gone);
+            let ends_at = self.clients.remove(&gone).map(|client| client.admitted.ends_at);
             self.released.remove(&gone);
-            self.renewed.insert(gone, key);
+            self.renewed.insert(gone, (key, ends_at.unwrap_or(Timestamp::MAX)));
+        }
+        while self.renewed.len() > MAX_RENEWED {
+            let first = self.renewed.iter().min_by_key(|(_, (_, ends_at))| *ends_at);
+            let Some(first) = first.map(|(old, _)| *old) else { break };
+            self.renewed.remove(&first);
         }
         self.make_holder(key, old);
     }
@@ -284,11 +306,13 @@ impl Roster {
             .filter(move |client| client.waits_for == Some(holder))
     }
 
-    /// Whether a renewal is young enough to be watched closely.
-    pub(super) fn watches(&self, now: Instant) -> bool {
-        self.clients
-            .values()
-            .any(|client| client.waits_for.is_some() && now.saturating_duration_since(client.since) < WATCH)
+    /// How soon to look for the handshake of the youngest renewal, while one is young enough to be watched.
+    pub(super) fn watches(&self, now: Instant) -> Option<Duration> {
+        let waiting = self.clients.values().filter(|client| client.waits_for.is_some());
+        let youngest = waiting
+            .map(|client| now.saturating_duration_since(client.since))
+            .min()?;
+        (youngest < WATCH).then(|| (youngest.saturating_sub(AT_FIRST) / 8).clamp(CLOSELY, LOOSELY))
     }
 
     /// Notes what the tunnel saw; renewals with a completed handshake take over. Says whether one did.
@@ -336,6 +360,8 @@ impl Roster {
 
     /// Removes whose time is over.
     pub(super) fn expire(&mut self, now: Timestamp) -> Vec<PublicKey> {
+        // What ended needs no successor: it would not be admitted any more.
+        self.renewed.retain(|_, (_, ends_at)| *ends_at > now);
         let over: Vec<PublicKey> = self
             .clients
             .values()

@@ -1,48 +1,106 @@
 //! The highest serial seen of each client key, so that an older approval never comes back, also after a restart.
 //!
-//! Kept on disk without the keys themselves: 16 bytes of their SHA-256 tell them apart and say nothing of them.
+//! Kept on disk without the keys themselves: 16 bytes of their SHA-256 tell them apart and say nothing of them. What is
+//! new is written behind what is there, and the whole anew when that has grown: see [`Change`].
+//!
+//! The memory has an end. Keys that are dropped to make room leave a date behind: whatever was issued until their last
+//! serial was noted, and is of a key that is not known, is refused. Serials grow with each approval of the pool, so what
+//! a dropped key's last approval replaced was signed before that was noted, and the date refuses all of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use aws_lc_rs::digest::{SHA256, digest};
 use dvpn_common::{
     keys::PublicKey,
     limits::{MAX_APPROVAL_LIFE, MAX_CLOCK_SKEW},
 };
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::Refusal;
 
 /// Most client keys whose serials are remembered.
 const MAX_SERIALS: usize = 65_536;
-const MAGIC: &[u8; 16] = b"dvpn-serials-v1\0";
+/// When there is no room, the oldest of this many parts goes at once.
+const PARTS: usize = 16;
+/// The first form had neither a date nor records behind others.
+const FIRST_MAGIC: &[u8; 16] = b"dvpn-serials-v1\0";
+/// Then the date, Unix seconds or [`NO_DATE`], and eight zeros: no record lies across the blocks of a disk.
+const MAGIC: &[u8; 16] = b"dvpn-serials-v2\0";
+const NO_DATE: i64 = i64::MIN;
 const RECORD_BYTES: usize = 32;
+/// Fewer records behind the whole than this are not worth writing it anew.
+const FEW_RECORDS: usize = 1024;
 
 type Name = [u8; 16];
 
+/// What has to be on the disk before an approval that was just noted is used: else a crash would forget that it replaced
+/// another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// This in place of everything.
+    Whole(Vec<u8>),
+    /// This behind what is there.
+    More(Vec<u8>),
+}
+
 /// The highest serial seen of each client key, for as long as an older approval could still be valid.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Serials {
+    /// The serial, and when it was first noted.
     seen: BTreeMap<Name, (u64, Timestamp)>,
-    /// What was seen before this is not known any more: approvals from before are all refused.
+    /// Of a key that is not in `seen`, only what was issued from then on is taken.
     not_before: Option<Timestamp>,
-    changed: bool,
+    capacity: usize,
+    /// Not on the disk yet.
+    fresh: BTreeSet<Name>,
+    /// What is on the disk is no beginning to write behind.
+    rewrite: bool,
+    /// It is to be written also if nothing is fresh.
+    due: bool,
+    /// Records on the disk that others behind them may replace.
+    behind: usize,
+}
+
+impl Default for Serials {
+    fn default() -> Self {
+        Self {
+            seen: BTreeMap::new(),
+            not_before: None,
+            capacity: MAX_SERIALS,
+            fresh: BTreeSet::new(),
+            rewrite: true,
+            due: false,
+            behind: 0,
+        }
+    }
 }
 
 impl Serials {
-    /// Reads [`Serials::encode`]. A record that does not read is the stricter answer: whatever was issued before `now`
-    /// may have been replaced since, and is refused.
+    /// Reads what [`Serials::take_change`] had written. A record that does not read is the stricter answer: whatever was
+    /// issued before `now` may have been replaced since, and is refused.
     pub fn decode(bytes: &[u8], now: Timestamp) -> Self {
-        Self::read(bytes).unwrap_or_else(|| Self {
+        let mut read = Self::read(bytes).unwrap_or_else(|| Self {
             not_before: Some(now),
+            due: true,
             ..Self::default()
-        })
+        });
+        read.correct_date(now);
+        read
     }
 
     fn read(bytes: &[u8]) -> Option<Self> {
-        let records = bytes.strip_prefix(MAGIC)?;
+        let (not_before, records) = if let Some(records) = bytes.strip_prefix(FIRST_MAGIC) {
+            (None, records)
+        } else {
+            let (date, rest) = bytes.strip_prefix(MAGIC)?.split_first_chunk::<8>()?;
+            let (_zeros, records) = rest.split_first_chunk::<8>()?;
+            match i64::from_be_bytes(*date) {
+                NO_DATE => (None, records),
+                second => (Some(Timestamp::from_second(second).ok()?), records),
+            }
+        };
         let (records, rest) = records.as_chunks::<RECORD_BYTES>();
-        if !rest.is_empty() || records.len() > MAX_SERIALS {
+        if !rest.is_empty() {
             return None;
         }
         let mut seen = BTreeMap::new();
@@ -50,62 +108,138 @@ impl Serials {
             let (name, numbers) = record.split_first_chunk::<16>()?;
             let (serial, until) = numbers.split_first_chunk::<8>()?;
             let until = i64::from_be_bytes(until.try_into().ok()?);
-            seen.insert(
-                *name,
-                (u64::from_be_bytes(*serial), Timestamp::from_second(until).ok()?),
-            );
+            let noted = Timestamp::from_second(until).ok()?.checked_sub(memory()).ok()?;
+            seen.insert(*name, (u64::from_be_bytes(*serial), noted));
         }
-        Some(Self {
+        // The first thing that is noted is written with the whole: what is read may be of an older form.
+        (seen.len() <= MAX_SERIALS).then(|| Self {
             seen,
+            not_before,
             ..Self::default()
         })
     }
 
-    /// For the disk.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut out = MAGIC.to_vec();
-        for (name, (serial, until)) in &self.seen {
-            out.extend_from_slice(name);
-            out.extend_from_slice(&serial.to_be_bytes());
-            out.extend_from_slice(&until.as_second().to_be_bytes());
+    /// Nothing that was issued later than the clocks of now can be meant by a date: it was taken from a clock that was
+    /// ahead. As it stands it would refuse everybody until then.
+    fn correct_date(&mut self, now: Timestamp) {
+        let latest = after(now);
+        if self.not_before.is_some_and(|date| date > latest) {
+            self.not_before = Some(latest);
+            self.rewrite();
+        }
+    }
+
+    fn whole(&self) -> Vec<u8> {
+        let date = self.not_before.map_or(NO_DATE, Timestamp::as_second);
+        let mut out = [MAGIC, &date.to_be_bytes()[..], &[0; 8]].concat();
+        for (name, (serial, noted)) in &self.seen {
+            push_record(&mut out, name, *serial, *noted);
         }
         out
     }
 
-    /// Whether there is something new to keep; asking makes it old.
-    pub fn take_changed(&mut self) -> bool {
-        std::mem::take(&mut self.changed)
+    /// What has to be written now, if anything; asking makes it old.
+    pub fn take_change(&mut self) -> Option<Change> {
+        let fresh = std::mem::take(&mut self.fresh);
+        if fresh.is_empty() && !self.due {
+            return None;
+        }
+        if self.rewrite || self.behind + fresh.len() > FEW_RECORDS.max(self.seen.len() / 2) {
+            self.rewrite = false;
+            self.due = false;
+            self.behind = 0;
+            return Some(Change::Whole(self.whole()));
+        }
+        self.behind += fresh.len();
+        let mut out = Vec::with_capacity(fresh.len() * RECORD_BYTES);
+        for name in fresh {
+            if let Some((serial, noted)) = self.seen.get(&name) {
+                push_record(&mut out, &name, *serial, *noted);
+            }
+        }
+        Some(Change::More(out))
+    }
+
+    /// What was to be written is not on the disk, or nobody knows: everything is written the next time.
+    pub fn rewrite(&mut self) {
+        self.rewrite = true;
+        self.due = true;
     }
 
     pub(super) fn check(&self, key: &PublicKey, serial: u64, issued_at: Timestamp) -> Result<(), Refusal> {
-        if self.not_before.is_some_and(|start| issued_at < start) {
-            return Err(Refusal::Forgotten);
-        }
         match self.seen.get(&name(key)) {
             Some((seen, _)) if serial < *seen => Err(Refusal::Serial {
                 offered: serial,
                 seen: *seen,
             }),
+            None if self.not_before.is_some_and(|date| issued_at < date) => Err(Refusal::Forgotten),
             Some(_) | None => Ok(()),
         }
     }
 
+    /// Drops the oldest if `wanted` more keys do not fit, but none of `kept`: a client that is here goes on, however long
+    /// ago it was approved.
+    pub(super) fn make_room<'a>(
+        &mut self,
+        wanted: usize,
+        kept: impl IntoIterator<Item = &'a PublicKey>,
+        now: Timestamp,
+    ) {
+        if self.seen.len() + wanted <= self.capacity {
+            return;
+        }
+        let kept: BTreeSet<Name> = kept.into_iter().map(name).collect();
+        let mut ages: Vec<(Timestamp, Name)> = self
+            .seen
+            .iter()
+            .filter(|(name, _)| !kept.contains(*name))
+            .map(|(name, (_, noted))| (*noted, *name))
+            .collect();
+        ages.sort_unstable();
+        let too_many = (self.seen.len() + wanted).saturating_sub(self.capacity);
+        for (noted, name) in ages.into_iter().take(too_many.max(self.capacity / PARTS)) {
+            self.seen.remove(&name);
+            self.fresh.remove(&name);
+            self.not_before = self.not_before.max(Some(after(noted)));
+        }
+        self.rewrite();
+        self.correct_date(now);
+    }
+
     pub(super) fn note(&mut self, key: &PublicKey, serial: u64, now: Timestamp) -> Result<(), Refusal> {
         let name = name(key);
-        if self.seen.len() >= MAX_SERIALS && !self.seen.contains_key(&name) {
-            self.seen.retain(|_, (_, forget_at)| *forget_at > now);
-            if self.seen.len() >= MAX_SERIALS {
-                return Err(Refusal::Full);
-            }
+        match self.seen.get(&name) {
+            // When it was first noted is what counts: what it replaced is older than that.
+            Some((seen, _)) if *seen >= serial => return Ok(()),
+            None if self.seen.len() >= self.capacity => return Err(Refusal::Full),
+            Some(_) | None => {}
         }
-        // Whatever was signed before now has ended by then.
-        let forget_at = now
-            .saturating_add(MAX_APPROVAL_LIFE + 2 * MAX_CLOCK_SKEW)
-            .unwrap_or(Timestamp::MAX);
-        let before = self.seen.insert(name, (serial, forget_at));
-        self.changed |= before.is_none_or(|(seen, _)| seen != serial);
+        self.seen.insert(name, (serial, now));
+        self.fresh.insert(name);
         Ok(())
     }
+}
+
+/// For this long after a serial was noted what it replaced could be valid.
+fn memory() -> SignedDuration {
+    SignedDuration::try_from(MAX_APPROVAL_LIFE + 2 * MAX_CLOCK_SKEW).unwrap_or(SignedDuration::MAX)
+}
+
+/// Later than anything that was issued by a good clock when ours said `noted`; issue times are whole seconds.
+fn after(noted: Timestamp) -> Timestamp {
+    let second = noted.as_second().saturating_add(1);
+    Timestamp::from_second(second)
+        .unwrap_or(Timestamp::MAX)
+        .saturating_add(MAX_CLOCK_SKEW)
+        .unwrap_or(Timestamp::MAX)
+}
+
+/// As the first form has it: the time up to which it matters, not the time when it was noted.
+fn push_record(out: &mut Vec<u8>, name: &Name, serial: u64, noted: Timestamp) {
+    let until = noted.saturating_add(memory()).unwrap_or(Timestamp::MAX);
+    out.extend_from_slice(name);
+    out.extend_from_slice(&serial.to_be_bytes());
+    out.extend_from_slice(&until.as_second().to_be_bytes());
 }
 
 fn name(key: &PublicKey) -> Name {
@@ -116,49 +250,4 @@ fn name(key: &PublicKey) -> Name {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn key(byte: u8) -> PublicKey {
-        PublicKey::from_bytes([byte; 32]).unwrap()
-    }
-    fn at(second: i64) -> Timestamp {
-        Timestamp::from_second(second).unwrap()
-    }
-
-    #[test]
-    fn serials_outlive_a_restart_and_name_nobody() {
-        let mut serials = Serials::default();
-        serials.note(&key(1), 7, at(1000)).unwrap();
-        serials.note(&key(2), 9, at(1000)).unwrap();
-        assert!(serials.take_changed() && !serials.take_changed());
-        serials.note(&key(2), 9, at(2000)).unwrap();
-        assert!(!serials.take_changed(), "the same again is nothing new");
-        let bytes = serials.encode();
-        assert!(!bytes.windows(8).any(|window| window == [1; 8] || window == [2; 8]));
-        let again = Serials::decode(&bytes, at(3000));
-        assert_eq!(
-            again.check(&key(1), 6, at(900)),
-            Err(Refusal::Serial { offered: 6, seen: 7 })
-        );
-        assert_eq!(again.check(&key(1), 7, at(900)), Ok(()));
-        assert_eq!(again.check(&key(3), 1, at(900)), Ok(()));
-    }
-
-    #[test]
-    fn a_damaged_record_refuses_what_was_issued_before() {
-        let mut serials = Serials::default();
-        serials.note(&key(1), 7, at(1000)).unwrap();
-        let bytes = serials.encode();
-        for bad in [
-            &bytes[..bytes.len() - 1],
-            &[&bytes[..], &[0]].concat(),
-            b"",
-            b"something else",
-        ] {
-            let read = Serials::decode(bad, at(5000));
-            assert_eq!(read.check(&key(9), 100, at(4999)), Err(Refusal::Forgotten));
-            assert_eq!(read.check(&key(9), 100, at(5000)), Ok(()));
-        }
-    }
-}
+mod tests;

@@ -1,8 +1,7 @@
-//! The two tasks that speak with the pool while the node's loop decides: events in, acknowledgements out.
+//! The task that listens to the pool while the node's loop decides.
 
 use std::time::Duration;
 
-use dvpn_common::{contract::Ack, limits::APPROVE_ACK_TIMEOUT};
 use futures::StreamExt as _;
 use tokio::sync::mpsc;
 
@@ -13,8 +12,6 @@ use super::{
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// How often an acknowledgement is sent before the stream's next snapshot has to carry it.
-const ACK_ATTEMPTS: u32 = 3;
 
 /// What arrives from the stream's task.
 pub(super) enum Arrival {
@@ -55,22 +52,5 @@ pub(super) async fn follow(pool: Pool, arrivals: mpsc::Sender<Arrival>) {
         }
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.8..1.2))).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
-    }
-}
-
-/// Sends acknowledgements in order. The pool waits two seconds for one; a lost one is repaired by the next snapshot.
-pub(super) async fn acknowledge(pool: Pool, mut acks: mpsc::Receiver<Ack>) {
-    while let Some(ack) = acks.recv().await {
-        for attempt in 1..=ACK_ATTEMPTS {
-            match tokio::time::timeout(APPROVE_ACK_TIMEOUT, pool.acknowledge(&ack)).await {
-                Ok(Ok(())) => break,
-                Ok(Err(error)) => tracing::info!(
-                    "acknowledging {}, attempt {attempt}: {}",
-                    ack.sequence,
-                    with_sources(&error)
-                ),
-                Err(_elapsed) => tracing::info!("acknowledging {}, attempt {attempt}: no answer in time", ack.sequence),
-            }
-        }
     }
 }

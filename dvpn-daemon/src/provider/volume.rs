@@ -17,6 +17,11 @@ pub(super) struct Volume {
 }
 
 impl Volume {
+    /// What the kernel counts already was counted by an earlier run.
+    pub(super) fn begin(&mut self, counted: BTreeMap<IpAddr, Carried>) {
+        self.seen = counted;
+    }
+
     /// Takes over what the kernel counts now for the clients that hold addresses. The answer is how many bytes passed
     /// since the last time, those of clients that are gone included.
     pub(super) fn add<'a>(
@@ -112,5 +117,12 @@ mod tests {
         assert_eq!(volume.of(number).sent, CounterValue { packets: 3, bytes: 180 });
         volume.forget(number);
         assert_eq!(volume.of(number), Carried::default());
+        let mut next = Volume::default();
+        next.begin(count(30, 1));
+        assert_eq!(
+            next.add(count(35, 2), clients.iter(), &numbers),
+            10,
+            "not a second time"
+        );
     }
 }

@@ -24,20 +24,30 @@ pub(super) struct Files {
     writes: AtomicU64,
 }
 
+/// Makes the directory, and makes it private.
+pub(super) fn make(directory: &Path) -> Result<(), Error> {
+    let failed = |source| Error::Directory {
+        path: directory.to_owned(),
+        source,
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(failed)?;
+    if fs::metadata(directory).map_err(failed)?.permissions().mode() & 0o777 != 0o700 {
+        fs::set_permissions(directory, Permissions::from_mode(0o700)).map_err(failed)?;
+    }
+    Ok(())
+}
+
 impl Files {
     pub(super) fn open(directory: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Directory {
             path: directory.to_owned(),
             source,
         };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(failed)?;
-        if fs::metadata(directory).map_err(failed)?.permissions().mode() & 0o777 != 0o700 {
-            fs::set_permissions(directory, Permissions::from_mode(0o700)).map_err(failed)?;
-        }
+        make(directory)?;
         for entry in fs::read_dir(directory).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             // Left by a crash in the middle of a write: the file it was to replace is whole.
@@ -77,6 +87,16 @@ impl Files {
     /// Replaces the file.
     pub(super) fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         self.put(name, bytes, |from, to| fs::rename(from, to))
+    }
+
+    /// Adds to the end of a file that is there. A crash may leave any part of it: whoever reads sees that.
+    pub(super) fn append(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let path = self.path(name);
+        let written = OpenOptions::new().append(true).open(&path).and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_data()
+        });
+        written.map_err(|source| Error::Write { path, source })
     }
 
     /// Makes the file unless it exists; then the existing one stays and that is no error.

@@ -183,3 +183,27 @@ fn a_crash_in_the_middle_of_a_write_leaves_the_old_file() {
     assert!(open(&directory).wish());
     assert!(!file(&directory, "wish.1-1.new").exists());
 }
+
+#[test]
+fn a_state_directory_has_one_user_and_the_next_is_told_who_that_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    let held = Lock::take(&state).unwrap();
+    let refused = Lock::take(&state).unwrap_err().to_string();
+    let who = format!("process {}", std::process::id());
+    assert!(
+        refused.contains(&who) && refused.contains("STATE_DIRECTORY"),
+        "{refused}"
+    );
+    drop(held);
+    let again = Lock::take(&state).unwrap();
+    assert!(State::open(&state, None).is_ok(), "the lock is in nobody's way");
+    fs::write(state.join("lock"), "who knows").unwrap();
+    assert!(
+        Lock::take(&state)
+            .unwrap_err()
+            .to_string()
+            .starts_with("another process")
+    );
+    drop(again);
+}

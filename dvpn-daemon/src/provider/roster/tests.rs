@@ -144,13 +144,10 @@ fn a_renewal_waits_without_addresses_and_has_them_from_its_handshake_on() {
     bed.shake(1);
     bed.add(&entry(2, 2, Some(1))).unwrap();
     assert_eq!(bed.tunnel(), [(1, 1), (2, 0)]);
-    assert!(bed.roster.watches(bed.now.instant));
+    assert_eq!(bed.roster.watches(bed.now.instant), Some(Duration::from_millis(10)));
     bed.pass(Duration::from_secs(31));
     bed.observe();
-    assert!(
-        !bed.roster.watches(bed.now.instant),
-        "watched closely for half a minute"
-    );
+    assert_eq!(bed.roster.watches(bed.now.instant), None, "watched for half a minute");
     assert_eq!(bed.active(), [1]);
     bed.shake(2);
     assert_eq!(bed.tunnel(), [(2, 1)]);
@@ -305,4 +302,45 @@ fn the_prober_is_a_peer_without_addresses_and_follows_its_key() {
     bed.carry_out();
     assert_eq!(bed.tunnel(), [(51, 0)]);
     assert_eq!(bed.active(), [0_u8; 0]);
+}
+
+#[test]
+fn a_renewal_that_never_shakes_hands_is_looked_at_less_and_less_and_a_new_one_at_once() {
+    let mut bed = Bed::new(10);
+    bed.add(&entry(1, 2, None)).unwrap();
+    bed.add(&entry(3, 3, None)).unwrap();
+    assert_eq!(bed.roster.watches(bed.now.instant), None, "nobody waits");
+    bed.add(&entry(2, 2, Some(1))).unwrap();
+    let (mut looks, mut last) = (0, Duration::ZERO);
+    while let Some(pause) = bed.roster.watches(bed.now.instant) {
+        assert!(pause >= last && pause >= Duration::from_millis(10) && pause <= Duration::from_millis(250));
+        (looks, last) = (looks + 1, pause);
+        bed.pass(pause);
+    }
+    assert!((300..500).contains(&looks), "{looks} looks");
+    assert_eq!(last, Duration::from_millis(250));
+    bed.add(&entry(4, 3, Some(3))).unwrap();
+    assert_eq!(bed.roster.watches(bed.now.instant), Some(Duration::from_millis(10)));
+}
+
+#[test]
+fn who_was_renewed_is_remembered_until_the_old_approval_ends_and_no_longer() {
+    let mut bed = Bed::new(10);
+    bed.add(&entry(1, 2, None)).unwrap();
+    bed.add(&entry(2, 2, Some(1))).unwrap();
+    bed.shake(2);
+    bed.pass(Duration::from_hours(1));
+    bed.roster.expire(bed.now.wall);
+    assert_eq!(
+        bed.roster.renewed.len(),
+        1,
+        "within the skew of clocks the pool may name it"
+    );
+    bed.add(&entry(1, 2, None)).unwrap();
+    assert_eq!(bed.tunnel(), [(2, 1)], "and it gets nothing back");
+    bed.pass(Duration::from_secs(121));
+    bed.roster.expire(bed.now.wall);
+    assert!(bed.roster.renewed.is_empty());
+    assert!(bed.add(&entry(1, 2, None)).is_err(), "it is over");
+    assert_eq!(bed.tunnel(), [(2, 1)]);
 }

@@ -4,7 +4,7 @@
 //! what they decrypt into it; one reads from it. The provider gives our tunnel addresses to the new key at its first
 //! handshake, and drops what the old key sends from then on. So:
 //!
-//! 1. the first engine stops reading: the kernel keeps what applications send;
+//! 1. the first engine stops reading: the kernel keeps what applications send, in a queue that was long from the start;
 //! 2. a ping goes after what it has taken already: its answer shows that all of that has arrived;
 //! 3. the second engine shakes hands, then pings the provider's own address inside the tunnel until something comes
 //!    back: the addresses have moved;
@@ -29,7 +29,7 @@ use tokio::{
     time::MissedTickBehavior,
 };
 
-use super::{Error, Transports, UserspaceTunnel, link, ping::Ping, tun};
+use super::{Error, Transports, UserspaceTunnel, ping::Ping, tun};
 use crate::tunnel::Renewal;
 
 /// Longest time from the pause to the second engine's reading; it is undone then.
@@ -41,9 +41,6 @@ const MIN_LINGER: Duration = Duration::from_millis(250);
 /// How long a handshake under the old key may take: without a provider nothing needs to pause.
 const REACH_TIMEOUT: Duration = Duration::from_secs(1);
 const PING_EVERY: Duration = Duration::from_millis(10);
-/// Packets that the kernel keeps meanwhile; 500 is its usual.
-const LONG_QUEUE: u32 = 4096;
-const USUAL_QUEUE: u32 = 500;
 
 /// Bytes received and sent, by peer.
 pub(super) type Counted = Vec<(PublicKey, u64, u64)>;
@@ -218,7 +215,6 @@ impl UserspaceTunnel {
             .add_peers(vec![super::device_peer(&peer)])
             .await
             .map_err(|error| super::stopped(&self.interface, 0, error))?;
-        link::set_queue(self.index, LONG_QUEUE).await;
 
         let mut pause = Pause::begin(&self.turn);
         let paused = Instant::now();
@@ -255,7 +251,6 @@ impl UserspaceTunnel {
         // What was sent to the old key may still come; what waited in the kernel has to be read.
         tokio::time::sleep((2 * drained).max(MIN_LINGER)).await;
         line.watched.forget();
-        link::set_queue(self.index, USUAL_QUEUE).await;
         let counted = counted(&old).await;
         self.engines.retire(counted);
         stop(old).await;

@@ -14,25 +14,26 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Death;
 
-/// Sets how many packets the kernel keeps for the link. A queue that stays as it was loses packets only where the pause
+/// Packets that the kernel keeps for the link while nobody reads it; 500 is its usual.
+const QUEUE_PACKETS: u32 = 4096;
+
+/// Makes the queue to us long, on a link that is still down. Once it is up its length must stay: to change it the kernel
+/// takes the link's queueing discipline off, and whatever is sent until it is on again is dropped without a word
+/// (`dev_qdisc_change_tx_queue_len` in Linux). A queue that stays short loses packets only where a pause
 /// is long, so a failure is no error.
-pub(super) async fn set_queue(index: u32, packets: u32) {
-    let changed = async {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
-        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
-        let link = LinkMessageBuilder::<LinkUnspec>::new()
-            .index(index)
-            .append_extra_attribute(LinkAttribute::TxQueueLen(packets))
-            .build();
-        handle.link().set(link).execute().await.map_err(io::Error::other)
-    };
-    if let Err(error) = changed.await {
-        tracing::debug!(index, packets, %error, "the interface's queue keeps its length");
+async fn lengthen_queue(handle: &rtnetlink::Handle, index: u32) {
+    let link = LinkMessageBuilder::<LinkUnspec>::new()
+        .index(index)
+        .append_extra_attribute(LinkAttribute::TxQueueLen(QUEUE_PACKETS))
+        .build();
+    if let Err(error) = handle.link().set(link).execute().await {
+        tracing::debug!(index, %error, "the interface's queue keeps its length");
     }
 }
 
-/// Turns IPv6 link-local addresses off (the peer's other end has none either, and router solicitations would
-/// wake it), then follows the link until it is deleted. Ends when the handle is dropped.
+/// Gives the link, which is still down, its long queue, turns IPv6 link-local addresses off (the peer's other end has none
+/// either, and router solicitations would wake it), then follows the link until it is deleted. Ends when the handle is
+/// dropped.
 pub(super) async fn watch(index: u32, mtu: watch::Sender<u16>, death: Death) -> io::Result<AbortOnDropHandle<()>> {
     let (connection, handle, mut messages) = rtnetlink::new_multicast_connection(&[MulticastGroup::Link])?;
     let connection = AbortOnDropHandle::new(tokio::spawn(connection));
@@ -46,6 +47,7 @@ pub(super) async fn watch(index: u32, mtu: watch::Sender<u16>, death: Death) -> 
         // A machine without IPv6 has nothing to turn off.
         tracing::debug!(index, %error, "IPv6 link-local addresses stay as they are");
     }
+    lengthen_queue(&handle, index).await;
     Ok(AbortOnDropHandle::new(tokio::spawn(async move {
         let _connection = connection;
         while let Some((message, _)) = messages.next().await {

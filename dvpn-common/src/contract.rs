@@ -30,7 +30,7 @@ pub const CHECKOUT_PATH: &str = "checkout";
 pub const NODES_PATH: &str = "nodes";
 
 /// One provider of the list at `POOL_URL`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProviderEntry {
     /// The provider's id.
     pub id: String,

@@ -13,6 +13,7 @@ mod limiter;
 mod memory;
 mod network;
 mod node;
+mod pinned;
 mod pool;
 mod registration;
 mod roster;

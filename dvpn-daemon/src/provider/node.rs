@@ -26,6 +26,7 @@ use super::{
     acks::{self, Acks},
     check_networks,
     memory::Keeper,
+    pinned,
     pool::{Pool, PoolEvent},
     registration::{Registration, Told, with_sources},
     roster::{Plan, Roster},
@@ -70,7 +71,7 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
     .map_err(Error::Tunnel)?;
 
     let acks = Acks::default();
-    let mut node = Node::new(&config, tunnel, acks.clone());
+    let mut node = Node::new(&config, tunnel, acks.clone(), pool_key.clone());
     node.decide(Timestamp::now());
     let admission_seen = node.admission.subscribe();
     let registration = || Registration {
@@ -148,10 +149,16 @@ struct Node<'a> {
     admission: watch::Sender<Admission>,
     keeper: Keeper,
     acks: Acks,
+    pool_key: watch::Sender<Option<VerifyingKey>>,
 }
 
 impl<'a> Node<'a> {
-    fn new(config: &'a ProviderConfig, tunnel: Box<dyn Tunnel>, acks: Acks) -> Self {
+    fn new(
+        config: &'a ProviderConfig,
+        tunnel: Box<dyn Tunnel>,
+        acks: Acks,
+        pool_key: watch::Sender<Option<VerifyingKey>>,
+    ) -> Self {
         let empty = Usage {
             month: Month::of(Timestamp::now()),
             bytes: 0,
@@ -172,6 +179,7 @@ impl<'a> Node<'a> {
             admission: watch::Sender::new(Admission::Open),
             keeper: Keeper::spawn(Arc::clone(&config.memory)),
             acks,
+            pool_key,
         }
     }
 
@@ -243,7 +251,10 @@ impl<'a> Node<'a> {
                 });
                 Ok(())
             }
-            Arrival::Event(PoolEvent::Snapshot(snapshot)) => self.replace(&snapshot, pool_key).await,
+            Arrival::Event(PoolEvent::Snapshot(snapshot)) => match self.follow_key(&snapshot, pool_key) {
+                Ok(pool_key) => self.replace(&snapshot, pool_key).await,
+                Err(reason) => self.keep_only(&snapshot, &reason).await,
+            },
             Arrival::Event(PoolEvent::Added(added)) => {
                 let ground = self.ground(pool_key);
                 let refused = self.roster.add(&added.peer, &ground, now()).err();
@@ -326,6 +337,36 @@ impl<'a> Node<'a> {
         });
     }
 
+    /// The key that a snapshot is signed with: the pinned one, or where its chain of rotations leads from there.
+    fn follow_key(&self, snapshot: &Snapshot, pinned: VerifyingKey) -> Result<VerifyingKey, String> {
+        let Some(key) = snapshot.pool_key else {
+            return Ok(pinned);
+        };
+        let (memory, audit) = (&*self.config.memory, &*self.config.audit);
+        match pinned::learn(&self.pool_key, memory, audit, key, &snapshot.rotations) {
+            None => Ok(key),
+            Some(problem) => Err(problem),
+        }
+    }
+
+    /// Takes nobody in from a snapshot that is not believed. Existing peers keep what they were admitted to; whom the
+    /// pool names no more goes.
+    async fn keep_only(&mut self, snapshot: &Snapshot, reason: &str) -> Result<(), Error> {
+        tracing::error!("{reason}");
+        self.config
+            .status
+            .send_modify(|status| status.problem = Some(reason.to_owned()));
+        self.roster.retain(&snapshot.peers);
+        self.reconcile().await?;
+        let refused = snapshot.peers.iter();
+        let refused = refused.map(|peer| RefusedPeer {
+            public_key: peer.public_key,
+            reason: reason.to_owned(),
+        });
+        self.acks.snapshot(snapshot.sequence, refused.collect());
+        Ok(())
+    }
+
     /// A snapshot: first the machine, then the peers. Networks that cannot be are refused with everything in them.
     async fn replace(&mut self, snapshot: &Snapshot, pool_key: VerifyingKey) -> Result<(), Error> {
         if snapshot.networks != self.networks {
@@ -336,21 +377,7 @@ impl<'a> Node<'a> {
                 .await
                 .map_err(Error::Host)?;
             if let Err(error) = check_networks(&snapshot.networks, &on_link) {
-                let reason = error.to_string();
-                tracing::error!("{reason}");
-                self.config
-                    .status
-                    .send_modify(|status| status.problem = Some(reason.clone()));
-                // Existing peers keep the networks they were admitted to; whom the pool names no more goes.
-                self.roster.retain(&snapshot.peers);
-                self.reconcile().await?;
-                let refused = snapshot.peers.iter();
-                let refused = refused.map(|peer| RefusedPeer {
-                    public_key: peer.public_key,
-                    reason: reason.clone(),
-                });
-                self.acks.snapshot(snapshot.sequence, refused.collect());
-                return Ok(());
+                return self.keep_only(snapshot, &error.to_string()).await;
             }
             self.renumber(&snapshot.networks).await?;
         }

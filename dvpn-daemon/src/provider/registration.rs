@@ -10,11 +10,11 @@ use dvpn_common::{
     contract::{KeyRotation, RegisterRequest, RegisterResponse},
     keys::{PublicKey, VerifyingKey},
 };
-use dvpn_core::{node::Admission, pool_key};
+use dvpn_core::node::Admission;
 use tokio::sync::watch;
 
 use super::{
-    Memory,
+    Memory, pinned,
     pool::Pool,
     status::{Event, ProviderStatus},
     verdict::{Facts, verdict},
@@ -171,31 +171,8 @@ impl Registration {
         Ok(response)
     }
 
-    /// Pins the first key; a different one later must be signed for by the pinned one.
     fn learn(&self, key: VerifyingKey, rotations: &[KeyRotation]) -> Option<String> {
-        let pinned = *self.pool_key.borrow();
-        match pinned {
-            None => {
-                self.memory.pool_key(key);
-                (self.audit)(Event::PoolKeyLearned { key: key.to_string() });
-                self.pool_key.send_replace(Some(key));
-                None
-            }
-            Some(pinned) if pinned == key => None,
-            Some(pinned) => match pool_key::follow(pinned, key, rotations) {
-                Ok(key) => {
-                    tracing::info!("the pool changed its key to {key}, signed by the key that was pinned");
-                    self.memory.pool_key(key);
-                    (self.audit)(Event::PoolKeyRotated { key: key.to_string() });
-                    self.pool_key.send_replace(Some(key));
-                    None
-                }
-                Err(error) => {
-                    (self.audit)(Event::PoolKeyRefused { key: key.to_string() });
-                    Some(format!("{error}: check POOL_URL and POOL_PUBLIC_KEY"))
-                }
-            },
-        }
+        pinned::learn(&self.pool_key, &*self.memory, &*self.audit, key, rotations)
     }
 
     /// What the pool saw, or the address that this machine would send from.

@@ -2,7 +2,8 @@
 # Has the orchestrator make a provider for this client.
 #
 # Reads {"user_id","token","public_key","timeout_seconds"} on standard input, prints the provider as JSON, says on
-# standard error what went wrong. FALLBACK_ORCHESTRATOR_URL says whom to ask, FALLBACK_CA_CERT (optional, PEM) whom to
+# standard error what went wrong. With them comes "proof", where the orchestrator gives challenges
+# (provision/challenge): that the client holds the private half of public_key. The request is passed on as it is. FALLBACK_ORCHESTRATOR_URL says whom to ask, FALLBACK_CA_CERT (optional, PEM) whom to
 # trust instead of the system's roots. The token passes through pipes alone: never an argument, never the environment.
 set -euo pipefail
 

@@ -252,6 +252,12 @@ pub struct ApproveResponse {
     /// Ed25519 over those bytes by the pool, base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signature: Option<String>,
+    /// The key that signed: a client that has pinned another one follows `rotations` to it first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_key: Option<VerifyingKey>,
+    /// How earlier keys of the pool led to `pool_key`, oldest first; the last [`crate::limits::MAX_ROTATIONS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rotations: Vec<KeyRotation>,
     /// Why not, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
@@ -371,7 +377,7 @@ pub struct PeerEntry {
     pub released: bool,
 }
 
-/// First event of every stream: all there is. The node makes its peers equal to it.
+/// First event of every stream, and of a change of the pool's key: all there is. The node makes its peers equal to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// The sequence number this state stands at.
@@ -380,6 +386,13 @@ pub struct Snapshot {
     pub networks: Vec<IpNetwork>,
     /// Every approved client.
     pub peers: Vec<PeerEntry>,
+    /// The key that signed all of them: a node that has pinned another one follows `rotations` to it first. A pool that
+    /// changes its key sends a new snapshot on every open stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_key: Option<VerifyingKey>,
+    /// How earlier keys of the pool led to `pool_key`, oldest first; the last [`crate::limits::MAX_ROTATIONS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rotations: Vec<KeyRotation>,
 }
 
 /// One client more.
@@ -428,6 +441,9 @@ pub struct RefusedPeer {
     pub reason: String,
 }
 
+/// Path of the orchestrator below `FALLBACK_ORCHESTRATOR_URL`: its ephemeral key for a proof of possession, as
+/// [`ChallengeResponse`]; an orchestrator without challenges answers 404.
+pub const PROVISION_CHALLENGE_PATH: &str = "provision/challenge";
 /// Path of the orchestrator below `FALLBACK_ORCHESTRATOR_URL`: ask for a provider.
 pub const PROVISION_PATH: &str = "provision";
 /// Path of the orchestrator below `FALLBACK_ORCHESTRATOR_URL`: `leases/{id}` renews (POST, answered with a fresh
@@ -444,6 +460,10 @@ pub struct ProvisionRequest {
     pub token: String,
     /// The key the provider shall admit.
     pub public_key: PublicKey,
+    /// That the client holds the private half of it: made for [`crate::possession::PROVISION`] in place of a provider's
+    /// id, with a challenge of the orchestrator's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<PossessionProof>,
     /// The script is ended then.
     pub timeout_seconds: u64,
 }

@@ -16,6 +16,8 @@ pub const MAX_CLOCK_SKEW: Duration = Duration::from_mins(2);
 pub const MAX_APPROVAL_LIFE: Duration = Duration::from_hours(24);
 /// How long the pool waits for a provider to acknowledge a new peer before it answers 503.
 pub const APPROVE_ACK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Most changes of the pool's key that are told and read: one that changes its key monthly is five years old by then.
+pub const MAX_ROTATIONS: usize = 64;
 /// How often an idle event stream carries a ping.
 pub const STREAM_PING: Duration = Duration::from_secs(15);
 

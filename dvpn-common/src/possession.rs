@@ -7,6 +7,9 @@
 
 use crate::{approval::push_field, keys::PublicKey};
 
+/// Stands for the provider's id where the client cannot know it yet: it asks an orchestrator for one. No id has a slash.
+pub const PROVISION: &str = "provision/any";
+
 /// The bytes under the proof's HMAC.
 pub fn bytes(provider_id: &str, client_key: &PublicKey, challenge: &PublicKey, token_sha256: &[u8; 32]) -> Vec<u8> {
     let mut out = b"dvpn-possession-v1\0".to_vec();

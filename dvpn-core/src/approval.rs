@@ -27,6 +27,7 @@ use crate::{
     address::{is_private, is_unicast},
     directory::{self, Provider, check_offer},
     payment::Subscription,
+    pool_key,
     text::{excerpt, excerpt_bytes},
 };
 
@@ -53,6 +54,7 @@ pub struct Approval {
     from_pool: bool,
     serial: Option<u64>,
     signed: Option<SignedApproval>,
+    signer: Option<VerifyingKey>,
     lease: Option<Lease>,
 }
 
@@ -67,7 +69,8 @@ pub struct PoolRequest<'a> {
     pub client_key: &'a PublicKey,
     /// `WG_ADDRESS`: for a pool that gives no addresses.
     pub static_addresses: &'a [IpNetwork],
-    /// The pool's key, configured or pinned. With one, an unsigned answer is refused.
+    /// The pool's key, configured or pinned. With one, an answer that is not signed by it, or by a key that its own chain
+    /// of rotations leads to, is refused.
     pub pool_key: Option<&'a VerifyingKey>,
     /// The highest serial that this pool signed for us before: a lower one is an old approval shown again.
     pub last_serial: Option<u64>,
@@ -109,7 +112,8 @@ impl Approval {
             .addresses
             .clone()
             .or_else(|| answer.address.map(|address| vec![address]));
-        let signed = read_signed(asked, &answer)?;
+        let signer = signer(asked, &answer)?;
+        let signed = read_signed(asked, &answer, signer.as_ref())?;
         let addresses = match (&signed, given) {
             (Some((_, fields)), Some(given)) if !same(&given, &fields.addresses) => {
                 return Err(Error::Mismatch { field: "addresses" });
@@ -128,6 +132,7 @@ impl Approval {
             from_pool: true,
             serial: signed.as_ref().map(|(_, fields)| fields.serial),
             signed: signed.map(|(signed, _)| signed),
+            signer,
             lease: None,
         })
     }
@@ -166,6 +171,7 @@ impl Approval {
             from_pool: false,
             serial: None,
             signed: None,
+            signer: None,
             lease,
         })
     }
@@ -222,6 +228,10 @@ impl Approval {
     /// What names a provider of the orchestrator's to it, to be renewed and returned.
     pub fn lease(&self) -> Option<&Lease> {
         self.lease.as_ref()
+    }
+    /// The key that signed it, for a pool whose key is known: the key to pin from now on.
+    pub fn signer(&self) -> Option<&VerifyingKey> {
+        self.signer.as_ref()
     }
     /// What the pool signed, if it did.
     pub fn signed(&self) -> Option<&SignedApproval> {
@@ -307,9 +317,21 @@ fn read_status(asked: &PoolRequest<'_>, status: u16, body: &[u8]) -> Result<Appr
     }
 }
 
+/// The key that must have signed: the known one, or the one that the answer's chain leads to from there. Where none is
+/// known, none is learned here: a list is what a key is pinned by.
+fn signer(asked: &PoolRequest<'_>, answer: &ApproveResponse) -> Result<Option<VerifyingKey>, Error> {
+    match (asked.pool_key, answer.pool_key) {
+        (Some(known), Some(announced)) => pool_key::follow(*known, announced, &answer.rotations)
+            .map(Some)
+            .map_err(Error::PoolKey),
+        (known, _) => Ok(known.copied()),
+    }
+}
+
 fn read_signed(
     asked: &PoolRequest<'_>,
     answer: &ApproveResponse,
+    signer: Option<&VerifyingKey>,
 ) -> Result<Option<(SignedApproval, ApprovalFields)>, Error> {
     let (bytes, signature) = match (&answer.approval, &answer.signature) {
         (Some(bytes), Some(signature)) => (bytes, signature),
@@ -327,7 +349,7 @@ fn read_signed(
         .ok()
         .and_then(|raw| raw.try_into().ok())
         .ok_or(Error::Signature)?;
-    if let Some(key) = asked.pool_key {
+    if let Some(key) = signer {
         UnparsedPublicKey::new(&ED25519, key.as_bytes())
             .verify(&bytes, &signature)
             .ok()

@@ -4,8 +4,7 @@ use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{contract::KeyRotation, directory::rotation_bytes, keys::VerifyingKey};
 
-/// Longest chain that is read, by clients and nodes alike: a pool that changes its key monthly is five years old by then.
-pub const MAX_ROTATIONS: usize = 64;
+pub use dvpn_common::limits::MAX_ROTATIONS;
 
 /// Why a key is not followed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

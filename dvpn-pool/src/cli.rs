@@ -131,9 +131,12 @@ pub struct Options {
     /// Refused guesses from one address (IPv6 /64) a minute [default: 60].
     #[arg(long, global = true, env = "DVPN_POOL_LIMIT_FAILURES", value_name = "N")]
     pub limit_failures: Option<u32>,
-    /// Approvals and releases of one token a minute [default: 240].
-    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_APPROVALS", value_name = "N")]
+    /// Approvals of one token a minute, twice as many at once after a rest; and as many releases [default: 6].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_APPROVALS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub limit_approvals: Option<u32>,
+    /// Registrations of one node a minute that change something, twice as many at once after a rest [default: 6].
+    #[arg(long, global = true, env = "DVPN_POOL_LIMIT_CHANGES", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit_changes: Option<u32>,
     /// New nodes from one /24 (IPv6 /48) an hour [default: 64].
     #[arg(long, global = true, env = "DVPN_POOL_LIMIT_NODES", value_name = "N")]
     pub limit_nodes: Option<u32>,
@@ -154,6 +157,7 @@ impl Options {
         Limits {
             failures: self.limit_failures.unwrap_or(usual.failures),
             approvals: self.limit_approvals.unwrap_or(usual.approvals),
+            changes: self.limit_changes.unwrap_or(usual.changes),
             nodes: self.limit_nodes.unwrap_or(usual.nodes),
             checkouts: self.limit_checkouts.unwrap_or(usual.checkouts),
             checks: self.limit_checks.unwrap_or(usual.checks),

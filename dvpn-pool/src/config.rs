@@ -39,8 +39,11 @@ pub struct Config {
 pub struct Limits {
     /// Refused guesses (of tokens, proofs, secrets, names) of one line a minute. A line is an IPv4 address, an IPv6 /64.
     pub failures: u32,
-    /// Approvals and releases of one token a minute.
+    /// Approvals of one token a minute, twice as many at once after a rest; and as many releases.
     pub approvals: u32,
+    /// Registrations of one node a minute that change something, twice as many at once after a rest. Heartbeats are not
+    /// counted.
+    pub changes: u32,
     /// New node ids of one site an hour. A site is an IPv4 /24, an IPv6 /48.
     pub nodes: u32,
     /// New checkouts of one site an hour.
@@ -57,8 +60,10 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             failures: 60,
-            // More than any client needs, fewer than would keep a node busy.
-            approvals: 240,
+            // A client that looks for another provider needs one for each it tries, and one a renewal.
+            approvals: 6,
+            // A node changes when its address does, and when it drains.
+            changes: 6,
             nodes: 64,
             checkouts: 256,
             checks: 240,

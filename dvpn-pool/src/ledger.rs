@@ -16,8 +16,10 @@ use crate::{
     live::{AckResult, NodeEvent},
     pool::Pool,
     refusal::Refusal,
+    signing::Signer,
     store::{
-        self, Acknowledgement, ApprovalRow, ApproveOutcome, Batch, NewApproval, ReleaseOutcome, Removed, TokenHash,
+        self, Acknowledged, Acknowledgement, ApprovalRow, ApproveOutcome, Batch, NewApproval, ReleaseOutcome, Removed,
+        TokenHash,
     },
 };
 
@@ -43,7 +45,7 @@ struct Release {
 /// What was changed, before anybody is told.
 enum Changed {
     Approve(ApproveOutcome),
-    Acknowledge(Option<Vec<Removed>>),
+    Acknowledge(Option<Acknowledged>),
     Withdraw(Vec<Removed>),
     Release(ReleaseOutcome),
 }
@@ -51,9 +53,19 @@ enum Changed {
 /// The same, once nodes are told.
 enum Told {
     Approve(ApproveOutcome, Option<oneshot::Receiver<AckResult>>),
-    Acknowledge(bool),
+    Acknowledge(Option<Given>),
     Withdraw,
     Release(ReleaseOutcome),
+}
+
+/// An approval as its client is given it.
+pub struct Given {
+    /// The signed bytes.
+    pub approval: Vec<u8>,
+    /// The signature over them.
+    pub signature: [u8; 64],
+    /// Who signed.
+    pub signer: Arc<Signer>,
 }
 
 struct Job {
@@ -86,10 +98,10 @@ impl Ledger {
         }
     }
 
-    /// Stores an acknowledgement; false if the approval went meanwhile.
-    pub async fn acknowledge(&self, done: Acknowledgement) -> Result<bool, Refusal> {
+    /// Stores an acknowledgement; nothing if the approval went meanwhile.
+    pub async fn acknowledge(&self, done: Acknowledgement) -> Result<Option<Given>, Refusal> {
         match self.hand_in(Change::Acknowledge(done)).await? {
-            Told::Acknowledge(stands) => Ok(stands),
+            Told::Acknowledge(given) => Ok(given),
             Told::Approve(..) | Told::Withdraw | Told::Release(_) => Err(stopping()),
         }
     }
@@ -207,11 +219,15 @@ fn answer(pool: &Pool, job: Job, changed: Changed) {
             Told::Approve(ApproveOutcome::Stored(row), Some(answer))
         }
         (Changed::Approve(refused), _) => Told::Approve(refused, None),
-        (Changed::Acknowledge(removed), _) => {
-            let stands = removed.is_some();
-            pool.announce_removed(removed.unwrap_or_default());
-            Told::Acknowledge(stands)
-        }
+        (Changed::Acknowledge(done), _) => Told::Acknowledge(done.map(|done| {
+            pool.announce_removed(done.removed);
+            Given {
+                approval: done.approval,
+                signature: done.signature,
+                // With the order of changes held, the pool's key and those of all approvals change together.
+                signer: pool.signer(),
+            }
+        })),
         (Changed::Withdraw(removed), _) => {
             pool.announce_removed(removed);
             Told::Withdraw

@@ -1,4 +1,4 @@
-//! How often one source may fail, in bounded memory.
+//! How often one source may do something, in bounded memory.
 
 use std::{
     collections::HashMap,
@@ -68,6 +68,49 @@ impl<K: Hash + Eq + Clone> Limiter<K> {
     }
 }
 
+/// Lets each key do something at a steady pace, and several times at once after a rest.
+pub struct Pace<K> {
+    step: Duration,
+    burst: u32,
+    capacity: usize,
+    /// When each key will have made up for what it did. A key that has is forgotten.
+    even: Mutex<HashMap<K, Instant>>,
+}
+
+impl<K: Hash + Eq + Clone> Pace<K> {
+    /// Allows `allowed` events (at least one) of one key in `window`, and twice as many at once after as long a rest;
+    /// remembers `capacity` keys at most.
+    pub fn new(allowed: u32, window: Duration, capacity: usize) -> Self {
+        Self {
+            step: window / allowed.max(1),
+            burst: allowed.max(1).saturating_mul(2),
+            capacity,
+            even: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// Counts one event, or says how long `key` has to wait for it.
+    pub fn take(&self, key: &K, now: Instant) -> Result<(), Duration> {
+        let mut even = self.even.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = even.get(key).copied().unwrap_or(now).max(now);
+        let ahead = from.saturating_duration_since(now);
+        let allowed = self.step.saturating_mul(self.burst - 1);
+        if ahead > allowed {
+            return Err(ahead - allowed);
+        }
+        if !even.contains_key(key) && even.len() >= self.capacity {
+            even.retain(|_, at| *at > now);
+            if even.len() >= self.capacity {
+                // Full of busy keys: forgetting those that did least keeps the persistent ones slow.
+                let least = even.values().min().copied().unwrap_or(now);
+                even.retain(|_, at| *at > least);
+            }
+        }
+        even.insert(key.clone(), from + self.step);
+        Ok(())
+    }
+}
+
 /// The part of an address that one customer line has to itself: an IPv4 address, an IPv6 /64.
 pub fn line(address: IpAddr) -> IpAddr {
     mask(address, 32, 64)
@@ -115,6 +158,38 @@ mod tests {
             assert!(limiter.counts.lock().unwrap().len() <= 100);
         }
         assert!(limiter.blocked(&0, now).is_some());
+    }
+
+    #[test]
+    fn a_pace_allows_a_burst_and_then_one_event_a_step() {
+        let pace = Pace::new(6, Duration::from_mins(1), 10);
+        let start = Instant::now();
+        for _ in 0..12 {
+            assert!(pace.take(&1, start).is_ok());
+        }
+        assert_eq!(pace.take(&1, start), Err(Duration::from_secs(10)));
+        assert!(pace.take(&2, start).is_ok(), "others are not slowed");
+        let later = start + Duration::from_secs(10);
+        assert!(pace.take(&1, later).is_ok());
+        assert_eq!(
+            pace.take(&1, later + Duration::from_secs(4)),
+            Err(Duration::from_secs(6)),
+            "a refused event is not counted"
+        );
+        let rested = later + Duration::from_mins(2);
+        assert_eq!((0..20).filter(|_| pace.take(&1, rested).is_ok()).count(), 12);
+    }
+
+    #[test]
+    fn a_pace_forgets_who_rested_first_and_the_busiest_last() {
+        let pace = Pace::new(2, Duration::from_mins(1), 100);
+        let now = Instant::now();
+        while pace.take(&0_u32, now).is_ok() {}
+        for key in 1..10_000 {
+            assert!(pace.take(&key, now).is_ok());
+            assert!(pace.even.lock().unwrap().len() <= 100);
+        }
+        assert!(pace.take(&0, now).is_err());
     }
 
     #[test]

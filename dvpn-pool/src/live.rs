@@ -43,6 +43,8 @@ pub enum NodeEvent {
     Remove(PeerRemoved),
     /// One peer whose connection is over.
     Release(PeerReleased),
+    /// What was sent is signed by a key that is over: the stream makes a snapshot here, and skips what it covers.
+    Resync,
 }
 
 /// What a node said of one change: applied, or the reason why not.
@@ -212,9 +214,14 @@ impl Live {
         }
     }
 
-    /// Nodes listed since the last call, to be stored as once listed.
-    pub fn take_newly_listed(&self) -> Vec<ProviderId> {
-        std::mem::take(&mut self.state().newly_listed)
+    /// Nodes that were listed for the first time, to be stored as once listed.
+    pub fn newly_listed(&self) -> Vec<ProviderId> {
+        self.state().newly_listed.clone()
+    }
+
+    /// These are stored: only now they are news no more.
+    pub fn marked_listed(&self, ids: &[ProviderId]) {
+        self.state().newly_listed.retain(|id| !ids.contains(id));
     }
 
     /// The next ceiling of list versions to store, if it is time.
@@ -295,6 +302,22 @@ impl Live {
         false
     }
 
+    /// Everything that nodes know is signed anew, and stands at these sequence numbers. Whoever waits for an
+    /// acknowledgement waits for one of that: what a node says of the old signatures counts no more.
+    pub fn resync(&self, sequences: &[(ProviderId, u64)], now: Instant) {
+        for (id, sequence) in sequences {
+            let mut state = self.state();
+            if let Some(live) = state.nodes.get_mut(id) {
+                for waiter in &mut live.waiters {
+                    waiter.sequence = waiter.sequence.max(*sequence);
+                }
+            }
+            drop(state);
+            // A node without a stream begins its next one with a snapshot anyway.
+            self.send(id, NodeEvent::Resync, now);
+        }
+    }
+
     /// Waits for the acknowledgement of `sequence`. Called before the event is sent, so that none is missed.
     pub fn expect_ack(&self, id: &ProviderId, sequence: u64, client: PublicKey) -> oneshot::Receiver<AckResult> {
         let (done, receiver) = oneshot::channel();
@@ -310,13 +333,9 @@ impl Live {
         let Some(live) = state.nodes.get_mut(id) else { return };
         live.heard = Some(now);
         live.stalled_at.take_if(|sequence| *sequence <= ack.sequence);
-        let (answered, waiting): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut live.waiters)
-                .into_iter()
-                .partition(|waiter: &Waiter| {
-                    waiter.sequence <= ack.sequence
-                        || ack.refused.iter().any(|refused| refused.public_key == waiter.client)
-                });
+        let (answered, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut live.waiters)
+            .into_iter()
+            .partition(|waiter: &Waiter| waiter.sequence <= ack.sequence);
         live.waiters = waiting;
         for waiter in answered {
             let refused = ack.refused.iter().find(|refused| refused.public_key == waiter.client);

@@ -8,8 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dvpn_common::keys::VerifyingKey;
+use dvpn_common::{ids::ProviderId, keys::VerifyingKey};
 use jiff::Timestamp;
+use tokio::sync::Notify;
 
 use crate::{
     api::speed::Slots,
@@ -17,7 +18,7 @@ use crate::{
     config::Config,
     connections::Gate,
     ledger::{self, Ledger, Queue},
-    limiter::{Limiter, line},
+    limiter::{Limiter, Pace, line},
     list::List,
     live::{Live, NodeEvent},
     network::{Networks, UlaId},
@@ -30,12 +31,15 @@ use crate::{
 };
 
 const MINUTE: Duration = Duration::from_mins(1);
+/// What an approval takes besides the wait for its node.
+const CLAIM_MARGIN: Duration = Duration::from_secs(1);
 /// Keys that one limiter remembers.
 const LIMITER_CAPACITY: usize = 65_536;
-/// Nonces of one node that are remembered: 4 minutes of 250 requests a second.
-const NONCES_PER_NODE: usize = 65_536;
-/// Nonces of all nodes, some 200 MB of them.
-const NONCES: usize = 2_000_000;
+/// Nonces of all nodes, some 60 MB of them, shared evenly.
+const NONCES: usize = 1_000_000;
+/// The least share of one node: 2 minutes of heartbeats, streams and a few acknowledgements. 10,000 nodes that all want
+/// theirs need two and a half times what is shared.
+const NONCES_OF_A_NODE: usize = 256;
 
 /// Why the pool does not open.
 #[derive(Debug, thiserror::Error)]
@@ -73,8 +77,12 @@ pub struct Pool {
     pub live: Live,
     /// Nonces of signed requests.
     pub replays: ReplayCache,
-    /// Approvals a token.
-    pub approvals: Limiter<TokenHash>,
+    /// Approvals a token, and renewals of its lease.
+    pub approvals: Pace<TokenHash>,
+    /// Releases a token.
+    pub releases: Pace<TokenHash>,
+    /// Registrations that change something, a node.
+    pub node_changes: Pace<ProviderId>,
     /// New nodes a site.
     pub registrations: Limiter<IpAddr>,
     /// New checkouts a site.
@@ -93,6 +101,8 @@ pub struct Pool {
     signer: RwLock<Arc<Signer>>,
     failures: Limiter<IpAddr>,
     approving: Mutex<HashSet<TokenHash>>,
+    /// Told whenever a claim ends.
+    claim_ended: Notify,
     ula: UlaId,
 }
 
@@ -127,6 +137,15 @@ impl Pool {
             );
         }
         let now = Timestamp::now();
+        // An operator may have changed the key while nobody served.
+        if let Some(signed) = store.sign_again(ring.current(), now).await?
+            && signed.approvals > 0
+        {
+            tracing::info!(
+                approvals = signed.approvals,
+                "approvals are signed again by the pool's key of now"
+            );
+        }
         store.forget_silent_nodes(now).await?;
         let list = List::above(store.list_version().await?);
         let live = Live::new(store.nodes().await?, list, config.open_registration, config.timing);
@@ -140,8 +159,10 @@ impl Pool {
             challenges: Challenges::new(config.timing.challenge_life),
             prober,
             live,
-            replays: ReplayCache::new(NONCES_PER_NODE, NONCES),
-            approvals: Limiter::new(limits.approvals, MINUTE, LIMITER_CAPACITY),
+            replays: ReplayCache::new(NONCES_OF_A_NODE, NONCES),
+            approvals: Pace::new(limits.approvals, MINUTE, LIMITER_CAPACITY),
+            releases: Pace::new(limits.approvals, MINUTE, LIMITER_CAPACITY),
+            node_changes: Pace::new(limits.changes, MINUTE, LIMITER_CAPACITY),
             registrations: limiter(limits.nodes, MINUTE * 60),
             checkouts: limiter(limits.checkouts, MINUTE * 60),
             checks: limiter(limits.checks, MINUTE),
@@ -149,9 +170,10 @@ impl Pool {
             gate: Gate::new(config.max_connections, limits.connections),
             orchestrator: config.orchestrator.map(Orchestrator::new),
             changes: tokio::sync::Mutex::new(()),
-            signer: RwLock::new(Arc::new(Signer { ring, rotations })),
+            signer: RwLock::new(Arc::new(Signer::new(ring, rotations))),
             failures: limiter(limits.failures, MINUTE),
             approving: Mutex::new(HashSet::new()),
+            claim_ended: Notify::new(),
             ula,
             config,
         });
@@ -222,6 +244,22 @@ impl Pool {
         })
     }
 
+    /// Claims the right to approve for one token; waits for whoever has it, but no longer than for a node.
+    pub async fn claim_token_soon(self: &Arc<Self>, token: TokenHash) -> Option<TokenClaim> {
+        let claim = async {
+            loop {
+                let ended = self.claim_ended.notified();
+                if let Some(claim) = self.claim_token(token) {
+                    return claim;
+                }
+                ended.await;
+            }
+        };
+        tokio::time::timeout(self.config.timing.ack_timeout + CLAIM_MARGIN, claim)
+            .await
+            .ok()
+    }
+
     /// One round of what time, and an operator beside this process, do: ends approvals, takes silent nodes off the
     /// list, takes up a new key.
     pub async fn sweep(&self) -> Result<(), store::Error> {
@@ -233,9 +271,10 @@ impl Pool {
         self.replays.sweep(now.as_second());
         self.raise_ceiling(now).await?;
         self.follow_rotation().await?;
-        let listed = self.live.take_newly_listed();
+        let listed = self.live.newly_listed();
         if !listed.is_empty() {
             self.store.mark_listed(&listed).await?;
+            self.live.marked_listed(&listed);
         }
         let _order = self.changes.lock().await;
         let removed = self.store.remove_ended(now).await?;
@@ -271,9 +310,18 @@ impl Pool {
         let rotations = self.store.rotations().await?;
         match KeyRing::open(&key_path(&self.config.database), current) {
             Ok(ring) => {
-                tracing::warn!(target: crate::AUDIT, pool_key = %ring.current().public(), "pool_key_rotated");
-                *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Signer { ring, rotations });
+                let signer = Signer::new(ring, rotations);
+                let key = signer.ring.current().public();
+                // The key and what is signed with it change as one: nothing else is signed or told meanwhile.
+                let _order = self.changes.lock().await;
+                let signed = self.store.sign_again(signer.ring.current(), Timestamp::now()).await?;
+                let approvals = signed.as_ref().map_or(0, |signed| signed.approvals);
+                tracing::warn!(target: crate::AUDIT, pool_key = %key, approvals, "pool_key_rotated");
+                *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
                 self.live.relist();
+                if let Some(signed) = signed {
+                    self.live.resync(&signed.sequences, Instant::now());
+                }
             }
             Err(error) => tracing::error!(%error, "the pool's new key does not open; the old one goes on"),
         }
@@ -299,5 +347,6 @@ impl Drop for TokenClaim {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&self.token);
+        self.pool.claim_ended.notify_waiters();
     }
 }

@@ -214,6 +214,7 @@ fn router(pool: Arc<Pool>) -> Router {
     if pool.config.orchestrator.is_some() {
         router = router
             .route("/orchestrator/provision", post(api::provision::provision))
+            .route("/orchestrator/provision/challenge", get(api::approve::challenge))
             .route(
                 "/orchestrator/leases/{id}",
                 post(api::provision::renew).delete(api::provision::take_back),

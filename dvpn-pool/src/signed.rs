@@ -1,8 +1,9 @@
 //! Requests that nodes sign, as [`dvpn_common::node`] says: fresh, of the claimed node, and used once.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap},
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use axum::http::HeaderMap;
@@ -104,87 +105,96 @@ pub struct SignedParts<'a> {
     pub body: &'a [u8],
 }
 
-/// Nonces seen, for as long as their requests could still be fresh. Bounded for each node, so that who floods blocks
-/// itself, and for all of them together.
+/// Nonces seen, for as long as their requests could still be fresh. All nodes share `most` evenly, and each has `least`
+/// whatever the others do. A node that sends more than its share forgets its oldest second, and requests signed in it or
+/// before are fresh no more: who floods shortens its own time, and nobody else's.
 pub struct ReplayCache {
-    per_node: usize,
+    least: usize,
     most: usize,
-    state: Mutex<State>,
-}
-
-#[derive(Default)]
-struct State {
-    seen: HashMap<ProviderId, Seen>,
-    all: usize,
+    seen: Mutex<HashMap<ProviderId, Seen>>,
 }
 
 #[derive(Default)]
 struct Seen {
-    nonces: HashSet<u128>,
-    by_age: VecDeque<(i64, u128)>,
+    /// With the second that their requests were signed in, by the node's clock.
+    nonces: BTreeSet<(i64, u128)>,
+    /// What was signed in this second or before is not told apart any more.
+    forgotten: Option<i64>,
 }
 
 impl Seen {
-    /// How many went.
-    fn forget_before(&mut self, oldest: i64) -> usize {
-        let before = self.nonces.len();
-        while let Some((_, nonce)) = self.by_age.pop_front_if(|(at, _)| *at < oldest) {
-            self.nonces.remove(&nonce);
+    fn forget_before(&mut self, oldest: i64) {
+        while self.nonces.first().is_some_and(|(second, _)| *second < oldest) {
+            self.nonces.pop_first();
         }
-        before - self.nonces.len()
+    }
+
+    /// Forgets whole seconds, oldest first, until there are fewer than `most`.
+    fn make_room(&mut self, most: usize) {
+        while self.nonces.len() >= most
+            && let Some((second, _)) = self.nonces.first().copied()
+        {
+            self.forgotten = Some(second);
+            self.forget_before(second.saturating_add(1));
+        }
     }
 }
 
 impl ReplayCache {
-    /// Remembers at most `per_node` nonces of each node, and `most` of all.
-    pub fn new(per_node: usize, most: usize) -> Self {
+    /// Remembers `most` nonces, and at least `least` of each node.
+    pub fn new(least: usize, most: usize) -> Self {
         Self {
-            per_node,
+            least,
             most,
-            state: Mutex::default(),
+            seen: Mutex::default(),
         }
     }
 
     /// Takes the nonce of a verified request in, or refuses it.
     pub fn admit(&self, claim: &Claim, now: i64) -> Result<(), Refusal> {
-        self.admit_nonce(&claim.node, claim.nonce, now)
+        self.admit_nonce(&claim.node, claim.time, claim.nonce, now)
     }
 
-    fn admit_nonce(&self, node: &ProviderId, nonce: u128, now: i64) -> Result<(), Refusal> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State { seen: all_seen, all } = &mut *state;
-        if *all >= self.most {
-            return Err(Refusal::too_many(MAX_CLOCK_SKEW));
-        }
-        let seen = all_seen.entry(node.clone()).or_default();
-        *all -= seen.forget_before(oldest(now));
-        if seen.nonces.len() >= self.per_node {
-            return Err(Refusal::too_many(MAX_CLOCK_SKEW));
-        }
-        if !seen.nonces.insert(nonce) {
+    fn admit_nonce(&self, node: &ProviderId, signed_at: i64, nonce: u128, now: i64) -> Result<(), Refusal> {
+        let mut all = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let newcomers = usize::from(!all.contains_key(node));
+        let share = self.share(all.len() + newcomers);
+        let seen = all.entry(node.clone()).or_default();
+        seen.forget_before(oldest(now));
+        if seen.nonces.contains(&(signed_at, nonce)) {
             return Err(Refusal::unauthorized(
                 "this request was received before: sign every request with a new nonce",
             ));
         }
-        seen.by_age.push_back((now, nonce));
-        *all += 1;
+        seen.make_room(share);
+        if seen.forgotten.is_some_and(|second| signed_at <= second) {
+            return Err(Refusal::too_many(Duration::ZERO));
+        }
+        seen.nonces.insert((signed_at, nonce));
         Ok(())
     }
 
-    /// Drops what no request can repeat any more.
+    fn share(&self, nodes: usize) -> usize {
+        (self.most / nodes.max(1)).max(self.least)
+    }
+
+    /// Drops what no request can repeat any more, and what is above the share of its node.
     pub fn sweep(&self, now: i64) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State { seen: all_seen, all } = &mut *state;
-        all_seen.retain(|_, seen| {
-            *all -= seen.forget_before(oldest(now));
-            !seen.nonces.is_empty()
+        let mut all = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let share = self.share(all.len());
+        all.retain(|_, seen| {
+            seen.forget_before(oldest(now));
+            // One more is room enough: at its share a node forgets nothing yet.
+            seen.make_room(share + 1);
+            seen.forgotten.take_if(|second| *second < oldest(now));
+            !(seen.nonces.is_empty() && seen.forgotten.is_none())
         });
     }
 }
 
-/// A request of the future's edge (+120 s) stays fresh until −120 s: its nonce is kept for both.
+/// The second that a request must be signed in to be fresh now.
 fn oldest(now: i64) -> i64 {
-    now.saturating_sub(2 * i64::try_from(MAX_CLOCK_SKEW.as_secs()).unwrap_or(0) + 1)
+    now.saturating_sub(i64::try_from(MAX_CLOCK_SKEW.as_secs()).unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -195,41 +205,67 @@ mod tests {
         name.parse().unwrap()
     }
 
-    #[test]
-    fn a_nonce_is_good_once_a_node_until_no_request_can_carry_it() {
-        let cache = ReplayCache::new(10, 100);
-        assert!(cache.admit_nonce(&node("a"), 1, 1000).is_ok());
-        assert!(cache.admit_nonce(&node("a"), 1, 1000).is_err());
-        assert!(cache.admit_nonce(&node("a"), 1, 1240).is_err());
-        assert!(cache.admit_nonce(&node("b"), 1, 1000).is_ok());
-        cache.sweep(1242);
-        assert!(cache.state.lock().unwrap().seen.is_empty());
+    fn status(result: Result<(), Refusal>) -> u16 {
+        use axum::response::IntoResponse as _;
+        result.map_or_else(|refusal| refusal.into_response().status().as_u16(), |()| 200)
     }
 
     #[test]
-    fn a_node_that_floods_blocks_only_itself() {
+    fn a_nonce_is_good_once_a_node_until_no_request_can_carry_it() {
         let cache = ReplayCache::new(10, 100);
-        for nonce in 0..10 {
-            cache.admit_nonce(&node("a"), nonce, 1000).unwrap();
-        }
-        assert!(cache.admit_nonce(&node("a"), 11, 1000).is_err());
-        assert!(cache.admit_nonce(&node("b"), 11, 1000).is_ok());
-        assert!(cache.admit_nonce(&node("a"), 11, 1242).is_ok());
+        let admit = |name: &str, signed_at, now| status(cache.admit_nonce(&node(name), signed_at, 1, now));
+        assert_eq!(admit("a", 1000, 1000), 200);
+        assert_eq!(admit("a", 1000, 1000), 401);
+        assert_eq!(admit("a", 1000, 1120), 401);
+        assert_eq!(admit("b", 1000, 1000), 200);
+        assert_eq!(admit("a", 1120, 1000), 200, "of the future's edge, and another second");
+        cache.sweep(1121);
+        assert_eq!(admit("a", 1120, 1240), 401);
+        cache.sweep(1241);
+        assert!(cache.seen.lock().unwrap().is_empty());
     }
+
     #[test]
-    fn all_nodes_together_are_bounded_and_forgotten_nonces_make_room() {
-        let cache = ReplayCache::new(10, 15);
-        for nonce in 0..10 {
-            cache.admit_nonce(&node("a"), nonce, 1000).unwrap();
+    fn a_node_that_floods_shortens_its_own_time_and_no_replay_comes_through() {
+        let cache = ReplayCache::new(10, 20);
+        let admit = |name: &str, signed_at, nonce, now| status(cache.admit_nonce(&node(name), signed_at, nonce, now));
+        assert_eq!(admit("b", 1000, 0, 1000), 200);
+        let mut taken = Vec::new();
+        for nonce in 0..100 {
+            let at = 1000 + i64::try_from(nonce).unwrap() / 5;
+            if admit("a", at, nonce, at) == 200 {
+                taken.push((at, nonce));
+            }
         }
-        for nonce in 0..5 {
-            cache.admit_nonce(&node("b"), nonce, 1100).unwrap();
+        assert!(taken.len() >= 90, "a steady node is not slowed: {}", taken.len());
+        for (at, nonce) in taken {
+            assert_ne!(admit("a", at, nonce, 1020), 200, "replay of {nonce}");
         }
-        assert!(cache.admit_nonce(&node("c"), 1, 1100).is_err());
-        cache.sweep(1242);
-        for nonce in 0..10 {
-            cache.admit_nonce(&node("c"), nonce, 1242).unwrap();
+        assert_eq!(admit("b", 1000, 0, 1020), 401, "the other remembers as before");
+        // All in one second: no older one is left to forget.
+        let answers: Vec<u16> = (200..240).map(|nonce| admit("a", 1021, nonce, 1021)).collect();
+        assert!(answers.contains(&429) && answers.iter().filter(|status| **status == 200).count() <= 10);
+        assert_eq!(admit("b", 1021, 9, 1021), 200);
+        assert_eq!(admit("a", 1022, 999, 1022), 200, "the next second is a new one");
+    }
+
+    #[test]
+    fn many_nodes_share_what_there_is_and_none_crowds_another_out() {
+        let cache = ReplayCache::new(4, 100);
+        for name in 0..50 {
+            for nonce in 0..60 {
+                drop(cache.admit_nonce(
+                    &node(&format!("n{name}")),
+                    1000 + nonce,
+                    nonce.unsigned_abs().into(),
+                    1000,
+                ));
+            }
         }
-        assert!(cache.admit_nonce(&node("d"), 1, 1242).is_err());
+        assert_eq!(status(cache.admit_nonce(&node("quiet"), 1000, 1, 1000)), 200);
+        cache.sweep(1000);
+        let all = cache.seen.lock().unwrap();
+        let kept: usize = all.values().map(|seen| seen.nonces.len()).sum();
+        assert!(kept <= 51 * 4, "{kept}");
     }
 }

@@ -17,6 +17,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{
     contract::KeyRotation,
     keys::{PrivateKey, VerifyingKey},
+    limits::MAX_ROTATIONS,
 };
 use zeroize::Zeroizing;
 
@@ -271,8 +272,16 @@ fn write(path: &Path, text: &str, replace: bool) -> Result<(), Error> {
 pub struct Signer {
     /// The keys.
     pub ring: KeyRing,
-    /// How earlier keys led to the current one, oldest first.
+    /// How earlier keys led to the current one, oldest first: as many as are read.
     pub rotations: Vec<KeyRotation>,
+}
+
+impl Signer {
+    /// Signs with the ring's current key; of `rotations`, oldest first, the last [`MAX_ROTATIONS`] are told.
+    pub fn new(ring: KeyRing, mut rotations: Vec<KeyRotation>) -> Self {
+        rotations.drain(..rotations.len().saturating_sub(MAX_ROTATIONS));
+        Self { ring, rotations }
+    }
 }
 
 /// Whether `signature` over `message` is `key`'s.
@@ -355,5 +364,21 @@ mod tests {
         fs::write(&path, "short").unwrap();
         assert!(matches!(open(&path), Err(Error::Format { .. })));
         assert_eq!(fs::read_to_string(&path).unwrap(), "short");
+    }
+
+    #[test]
+    fn no_more_rotations_are_told_than_are_read_and_those_are_the_last() {
+        let directory = tempfile::tempdir().unwrap();
+        let ring = open(&directory.path().join("pool.key")).unwrap();
+        let key = |number: usize| VerifyingKey::from_bytes([u8::try_from(number).unwrap(); 32]).unwrap();
+        let rotations: Vec<KeyRotation> = (1..=MAX_ROTATIONS + 3)
+            .map(|number| KeyRotation {
+                from: key(number),
+                to: key(number + 1),
+                signature: String::new(),
+            })
+            .collect();
+        let signer = Signer::new(ring, rotations.clone());
+        assert_eq!(signer.rotations, rotations[3..]);
     }
 }

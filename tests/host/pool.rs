@@ -208,6 +208,8 @@ impl Pool {
             sequence: said.sequence,
             networks: said.networks.clone(),
             peers: said.peers.clone(),
+            pool_key: None,
+            rotations: Vec::new(),
         };
         serde_json::to_string(&snapshot).unwrap()
     }

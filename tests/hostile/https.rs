@@ -502,7 +502,8 @@ async fn verify_approve_and_list_share_one_connection_and_say_only_what_they_mus
         async move {
             loop {
                 seen.send(request(&mut stream).await?).ok();
-                stream.write_all(&head("200 OK", "content-length: 2\r\n")).await?;
+                let headers = "content-length: 2\r\nretry-after: 7\r\n";
+                stream.write_all(&head("200 OK", headers)).await?;
                 stream.write_all(b"{}").await?;
             }
         }
@@ -530,7 +531,8 @@ async fn verify_approve_and_list_share_one_connection_and_say_only_what_they_mus
         proof: None,
         renews: None,
     };
-    assert_eq!(pool.approve(&approve).await.unwrap().0, 200);
+    let answer = pool.approve(&approve).await.unwrap();
+    assert_eq!((answer.status, answer.retry_after), (200, Some(Duration::from_secs(7))));
     payment
         .checkout_status(&"c1".parse().unwrap(), Some("s"))
         .await

@@ -14,6 +14,7 @@
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
 //! | `renewal` | a fresh key under a running tunnel, without a lost packet |
+//! | `rotation` | the pool changes its key under a running tunnel |
 //! | `hostile` | a pool that turns hostile |
 
 mod both;
@@ -30,3 +31,4 @@ mod leaks;
 mod owner;
 mod payment;
 mod renewal;
+mod rotation;

@@ -106,7 +106,10 @@ pub fn spawn_pool(network: &Network, identity: &Identity) -> Result<Process> {
 /// The same with more arguments.
 pub fn spawn_pool_with(network: &Network, identity: &Identity, arguments: &[&str]) -> Result<Process> {
     let machine = &network.pool;
-    let environment = Environment::default().with("DVPN_LOG", "info");
+    let environment = Environment::default()
+        .with("DVPN_LOG", "info")
+        // Its clients connect as often as a test likes.
+        .with("DVPN_POOL_LIMIT_APPROVALS", "240");
     let mut command = environment.command(&program("dvpn-pool")?);
     command
         .args(["serve", "--development", "--open-registration", "--private-endpoints"])

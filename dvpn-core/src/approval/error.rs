@@ -3,7 +3,7 @@
 use dvpn_common::{approval as signed, ids::ProviderId};
 use jiff::Timestamp;
 
-use crate::{Failure, Retry, directory};
+use crate::{Failure, Retry, directory, pool_key};
 
 /// Why there is no approval.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,6 +57,9 @@ pub enum Error {
     /// The signature is not the pool's over these bytes.
     #[error("the approval's signature is not the pool's")]
     Signature,
+    /// The pool shows another key than the known one, and nothing leads there.
+    #[error("the approval is signed by a key that is not believed: {0}")]
+    PoolKey(#[source] pool_key::Error),
     /// The signed bytes do not read, or do not hold now.
     #[error("the signed approval is refused: {0}")]
     Signed(#[source] signed::Error),
@@ -113,6 +116,7 @@ impl Error {
             | Self::Unreadable { .. }
             | Self::Unsigned
             | Self::Signature
+            | Self::PoolKey(_)
             | Self::Signed(_)
             | Self::Older { .. }
             | Self::LeaseId
@@ -127,7 +131,7 @@ impl Error {
             Self::Denied { .. } | Self::ProviderSilent { .. } => "the next provider is tried",
             Self::Status { .. } => "it will be asked again; check POOL_URL if this stays",
             Self::Unreadable { .. } => "check that POOL_URL and FALLBACK_ORCHESTRATOR_URL name such services",
-            Self::Unsigned | Self::Signature => {
+            Self::Unsigned | Self::Signature | Self::PoolKey(_) => {
                 "if the pool changed its key, set POOL_PUBLIC_KEY to the new one; otherwise somebody stands between"
             }
             Self::Older { .. } => {

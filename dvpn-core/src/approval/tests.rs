@@ -1,4 +1,5 @@
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
+use dvpn_common::{contract::KeyRotation, directory::rotation_bytes};
 use jiff::SignedDuration;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -305,6 +306,62 @@ fn what_is_signed_must_be_what_was_asked() {
             );
         }
     }
+}
+
+fn rotated(from: u8, to: u8, signer: u8) -> KeyRotation {
+    let pair = |seed: u8| Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).unwrap();
+    let key = |seed: u8| VerifyingKey::from_bytes(pair(seed).public_key().as_ref().try_into().unwrap()).unwrap();
+    let (from, to) = (key(from), key(to));
+    let signature = STANDARD.encode(pair(signer).sign(&rotation_bytes(&from, &to)).as_ref());
+    KeyRotation { from, to, signature }
+}
+
+#[test]
+fn an_approval_of_a_new_key_is_believed_along_the_chain_that_comes_with_it() {
+    // The pool's key of `signed_answer` is that of seed 9.
+    let first = rotated(7, 8, 7);
+    let pinned = first.from;
+    let asking = Asking {
+        pool_key: Some(pinned),
+        ..Asking::new()
+    };
+    let mut answer = signed_answer(&fields());
+    assert_eq!(
+        asking.json(&answer),
+        Err(Error::Signature),
+        "nothing is told of another key"
+    );
+    answer["pool_key"] = json!(pool_key());
+    let no_path = Err(Error::PoolKey(crate::pool_key::Error::NoPath {
+        pinned,
+        wanted: pool_key(),
+    }));
+    assert_eq!(asking.json(&answer), no_path, "told, and not vouched for");
+    answer["rotations"] = json!([first, rotated(8, 9, 8)]);
+    let approval = asking.json(&answer).unwrap();
+    assert_eq!(approval.signer(), Some(&pool_key()));
+    assert_eq!(approval.serial(), Some(7));
+
+    answer["rotations"] = json!([rotated(7, 8, 7), rotated(8, 9, 7)]);
+    assert!(
+        matches!(
+            asking.json(&answer),
+            Err(Error::PoolKey(crate::pool_key::Error::Signature { .. }))
+        ),
+        "forged"
+    );
+    answer["rotations"] = json!(vec![rotated(7, 9, 7); crate::pool_key::MAX_ROTATIONS + 1]);
+    assert!(matches!(
+        asking.json(&answer),
+        Err(Error::PoolKey(crate::pool_key::Error::TooLong(_)))
+    ));
+    // The chain leads to the key; the signature must still be that key's.
+    answer["rotations"] = json!([rotated(7, 6, 7)]);
+    answer["pool_key"] = json!(rotated(7, 6, 7).to);
+    assert_eq!(asking.json(&answer), Err(Error::Signature));
+    // Who knows no key learns none from an approval.
+    let stranger = Asking::new().json(&signed_answer(&fields())).unwrap();
+    assert_eq!(stranger.signer(), None);
 }
 
 fn provisioned(body: &Value, own: &[PublicKey]) -> Result<Approval, Error> {

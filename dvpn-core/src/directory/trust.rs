@@ -66,12 +66,11 @@ impl PoolRecord {
     }
 
     /// Takes note of a signed approval that was believed. True if the record changed.
-    pub fn saw_approval(&mut self, serial: u64) -> bool {
-        let changed = self.approval_serial.is_none_or(|seen| seen < serial);
-        if changed {
-            self.approval_serial = Some(serial);
-        }
-        changed
+    pub fn saw_approval(&mut self, signer: VerifyingKey, serial: u64) -> bool {
+        let before = (self.key, self.approval_serial);
+        self.key = Some(signer);
+        self.approval_serial = self.approval_serial.max(Some(serial));
+        before != (self.key, self.approval_serial)
     }
 }
 

@@ -27,7 +27,11 @@ use dvpn_core::{
 use jiff::{SignedDuration, Timestamp};
 
 use super::requests::{Shared, random_key, redacted, to_failure};
-use crate::{audit::Audit, http::Pool, state::State};
+use crate::{
+    audit::Audit,
+    http::{Answer, Pool},
+    state::State,
+};
 
 /// How long a release may take altogether.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -35,6 +39,8 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 const CHALLENGE_MARGIN: SignedDuration = SignedDuration::from_secs(5);
 /// A pool without challenges is asked again after this long: it may have been renewed.
 const ABSENT_FOR: Duration = Duration::from_hours(1);
+/// No pool keeps us waiting for longer with one answer.
+const LONGEST_WAIT: Duration = Duration::from_mins(5);
 /// More keys whose token is remembered than this were never released: the oldest way to forget is to forget all.
 const MAX_ADMITTED: usize = 64;
 
@@ -47,6 +53,8 @@ pub(super) struct Known {
     challenge: tokio::sync::Mutex<Challenge>,
     /// The token that each key was approved for: the one that releases it.
     admitted: Mutex<HashMap<PublicKey, Secret>>,
+    /// It wants no approval asked for before then.
+    ask_after: Mutex<Option<Instant>>,
     /// It answered a release with 404: it has none.
     releases_nothing: AtomicBool,
     /// Releases under way hold it for reading. A key that is used again must not be released after its new approval.
@@ -75,6 +83,23 @@ impl Challenge {
         match self {
             Self::Known(key, _) => Some(key),
             Self::Unknown | Self::Absent(_) => None,
+        }
+    }
+}
+
+impl Known {
+    /// How long the pool still wants to be left alone.
+    fn wait(&self) -> Option<Duration> {
+        let after = *self.ask_after.lock().unwrap_or_else(PoisonError::into_inner);
+        after
+            .map(|at| at.saturating_duration_since(Instant::now()))
+            .filter(|left| !left.is_zero())
+    }
+
+    fn told_to_wait(&self, answer: &Answer) {
+        if let (429, Some(wait)) = (answer.status, answer.retry_after) {
+            let after = Instant::now() + wait.min(LONGEST_WAIT);
+            *self.ask_after.lock().unwrap_or_else(PoisonError::into_inner) = Some(after);
         }
     }
 }
@@ -203,6 +228,17 @@ impl Shared {
         subscription: &Subscription,
         renews: Option<PublicKey>,
     ) -> Result<Approval, Failure> {
+        // Asking sooner would be refused like the last time, and here it costs nobody anything.
+        if let Some(wait) = self.known.wait() {
+            return Err(Failure {
+                what: format!(
+                    "the pool wants no approval asked for in the next {} s",
+                    wait.as_secs() + 1
+                ),
+                how: "it is asked again then".to_owned(),
+                retry: Retry::Backoff,
+            });
+        }
         let token = self.usable_token().await?;
         let key = match &self.static_key {
             Some(key) => {
@@ -222,12 +258,13 @@ impl Shared {
             client_key,
             renews: renews.filter(|old| *old != client_key),
         };
-        let (mut status, mut body) = self.ask(&asking, false).await?;
+        let mut answer = self.ask(&asking, false).await?;
         // A pool that was restarted, or is another one behind the same name, has forgotten the challenge that is held: it
         // is asked for a new one, once.
-        if matches!(status, 400 | 401 | 403 | 409 | 422) && self.challenge(false).await?.is_some() {
-            (status, body) = self.ask(&asking, true).await?;
+        if matches!(answer.status, 400 | 401 | 403 | 409 | 422) && self.challenge(false).await?.is_some() {
+            answer = self.ask(&asking, true).await?;
         }
+        self.known.told_to_wait(&answer);
         let mut slot = self.known.record.lock().await;
         let record = self.record(&mut slot).await?;
         let asked = PoolRequest {
@@ -239,11 +276,17 @@ impl Shared {
             last_serial: record.approval_serial,
             now: Timestamp::now(),
         };
-        let approval =
-            Approval::from_pool(&asked, status, &body).map_err(|error| redacted(Failure::from(error), &token))?;
-        if let (Some(_), Some(serial)) = (record.key, approval.serial()) {
-            let changed = record.saw_approval(serial);
+        let approval = Approval::from_pool(&asked, answer.status, &answer.body)
+            .map_err(|error| redacted(Failure::from(error), &token))?;
+        let before = record.key;
+        let mut now_known = before;
+        if let (Some(signer), Some(serial)) = (approval.signer(), approval.serial()) {
+            let changed = record.saw_approval(*signer, serial);
+            now_known = record.key;
             slot.keep(&self.state, changed).await;
+        }
+        if let Some(signer) = now_known.filter(|key| before != Some(*key)) {
+            announce(&self.audit, before, signer);
         }
         drop(slot);
         self.admit(client_key, token);
@@ -251,7 +294,7 @@ impl Shared {
         Ok(approval)
     }
 
-    async fn ask(&self, asking: &Asking<'_>, fresh: bool) -> Result<(u16, bytes::Bytes), Failure> {
+    async fn ask(&self, asking: &Asking<'_>, fresh: bool) -> Result<Answer, Failure> {
         let provider_id = asking.provider.id.to_string();
         let proof = match self.challenge(fresh).await? {
             None => None,
@@ -352,5 +395,40 @@ mod tests {
             state.pool_record().await.unwrap().is_none(),
             "what is kept is not written again"
         );
+    }
+
+    fn answer(status: u16, seconds: Option<u64>) -> Answer {
+        Answer {
+            status,
+            retry_after: seconds.map(Duration::from_secs),
+            body: bytes::Bytes::new(),
+        }
+    }
+
+    #[test]
+    fn a_pool_that_says_later_is_left_alone_for_as_long_and_not_for_ever() {
+        let known = Known::default();
+        for told in [
+            answer(200, Some(60)),
+            answer(503, Some(60)),
+            answer(429, None),
+            answer(429, Some(0)),
+        ] {
+            known.told_to_wait(&told);
+            assert_eq!(known.wait(), None, "{told:?}");
+        }
+        known.told_to_wait(&answer(429, Some(60)));
+        let wait = known.wait().expect("a wait");
+        assert!(
+            wait <= Duration::from_mins(1) && wait > Duration::from_secs(30),
+            "{wait:?}"
+        );
+        known.told_to_wait(&answer(200, None));
+        assert!(
+            known.wait().is_some(),
+            "an answer that was under way takes nothing back"
+        );
+        known.told_to_wait(&answer(429, Some(u64::MAX)));
+        assert!(known.wait().expect("a wait") <= LONGEST_WAIT);
     }
 }

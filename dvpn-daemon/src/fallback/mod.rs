@@ -20,7 +20,7 @@ mod tests;
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
-use dvpn_common::contract::ProvisionRequest;
+use dvpn_common::contract::{ChallengeResponse, PROVISION_CHALLENGE_PATH, ProvisionRequest};
 use dvpn_core::config::{Config, Secret};
 use url::Url;
 use zeroize::Zeroizing;
@@ -28,7 +28,7 @@ use zeroize::Zeroizing;
 pub use error::Error;
 pub use script::{Script, Untrusted};
 
-use crate::http::{Client, Options};
+use crate::http::{self, Client, Options};
 
 /// Where the program's own programs are looked for.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -57,6 +57,15 @@ impl Fallback {
     /// How long the program may take.
     pub fn timeout(&self) -> Duration {
         self.timeout
+    }
+
+    /// The key that a proof of possession is made for; nothing from an orchestrator that asks for none. The program never
+    /// sees a private key: it passes the proof on.
+    pub async fn challenge(&self) -> Result<Option<ChallengeResponse>, http::Error> {
+        let options = Options {
+            ca_file: self.ca_file.clone(),
+        };
+        http::challenge(&Client::new(options), &self.url, PROVISION_CHALLENGE_PATH).await
     }
 
     /// The client that keeps what the program got.

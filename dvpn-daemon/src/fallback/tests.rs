@@ -20,6 +20,7 @@ fn request() -> ProvisionRequest {
         user_id: "0123456789abcdef0123456789abcdef".parse().unwrap(),
         token: TOKEN.to_owned(),
         public_key: PublicKey::from_bytes([7; 32]).unwrap(),
+        proof: None,
         timeout_seconds: 60,
     }
 }

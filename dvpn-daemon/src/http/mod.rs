@@ -14,7 +14,8 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use bytes::{Bytes, BytesMut};
 pub use error::{Error, Target, TlsProblem};
 pub use payment::Payment;
-pub use pool::Pool;
+pub(crate) use pool::challenge;
+pub use pool::{Answer, Pool};
 use reqwest::{
     RequestBuilder, Response,
     header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue},

@@ -9,13 +9,24 @@ use dvpn_common::{
     },
     limits::{MAX_BODY_BYTES, MAX_LIST_BYTES},
 };
-use reqwest::Response;
+use reqwest::{Response, header::RETRY_AFTER};
 use url::Url;
 
 use super::{Client, EXCHANGE_TIMEOUT, Error, LIST_TIMEOUT, Target, below, read_limited};
 
 /// Longest part of a server's own words that is passed on.
 const MAX_SAID: usize = 200;
+
+/// What the pool says to an approval request.
+#[derive(Debug)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// How long to wait before the next one (`Retry-After` in seconds).
+    pub retry_after: Option<Duration>,
+    /// As it came.
+    pub body: Bytes,
+}
 
 /// A client of one pool. Clones share connections.
 #[derive(Debug, Clone)]
@@ -47,27 +58,25 @@ impl Pool {
         read_limited(success(response).await?, MAX_LIST_BYTES).await
     }
 
-    /// Asks for admission at a provider: status and raw body, for `dvpn_core::approval` to judge.
-    pub async fn approve(&self, request: &ApproveRequest) -> Result<(u16, Bytes), Error> {
+    /// Asks for admission at a provider; `dvpn_core::approval` judges the answer.
+    pub async fn approve(&self, request: &ApproveRequest) -> Result<Answer, Error> {
         let url = below(&self.url, &[APPROVE_PATH])?;
         let response = self.client.post(&url, request, EXCHANGE_TIMEOUT).await?;
         let status = response.status().as_u16();
-        Ok((status, read_limited(response, MAX_BODY_BYTES).await?))
+        let wait = response.headers().get(RETRY_AFTER);
+        let wait = wait.and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        Ok(Answer {
+            status,
+            retry_after: wait.map(Duration::from_secs),
+            body: read_limited(response, MAX_BODY_BYTES).await?,
+        })
     }
 
     /// The key that proofs of possession are made for; nothing from a pool that asks for none. Such a pool may never have
     /// heard of the path: whatever it says there but "later" is taken for that. One that wants a proof refuses an
     /// approval without.
     pub async fn challenge(&self) -> Result<Option<ChallengeResponse>, Error> {
-        let segments: Vec<&str> = CHALLENGE_PATH.split('/').collect();
-        let url = below(&self.url, &segments)?;
-        let response = self.client.fetch(&url, None, EXCHANGE_TIMEOUT).await?;
-        let later = matches!(response.status().as_u16(), 408 | 425 | 429);
-        if !later && (response.status().is_client_error() || response.status().as_u16() == 501) {
-            return Ok(None);
-        }
-        let body = read_limited(success(response).await?, MAX_BODY_BYTES).await?;
-        Ok(serde_json::from_slice(&body).ok())
+        challenge(&self.client, &self.url, CHALLENGE_PATH).await
     }
 
     /// Gives a connection's grant back: the status, which is 204 if the pool took it.
@@ -76,6 +85,19 @@ impl Pool {
         let response = self.client.post(&url, request, within).await?;
         Ok(response.status().as_u16())
     }
+}
+
+/// [`Pool::challenge`] of any service that gives challenges, at `path` below `base`.
+pub(crate) async fn challenge(client: &Client, base: &Url, path: &str) -> Result<Option<ChallengeResponse>, Error> {
+    let segments: Vec<&str> = path.split('/').collect();
+    let url = below(base, &segments)?;
+    let response = client.fetch(&url, None, EXCHANGE_TIMEOUT).await?;
+    let later = matches!(response.status().as_u16(), 408 | 425 | 429);
+    if !later && (response.status().is_client_error() || response.status().as_u16() == 501) {
+        return Ok(None);
+    }
+    let body = read_limited(success(response).await?, MAX_BODY_BYTES).await?;
+    Ok(serde_json::from_slice(&body).ok())
 }
 
 /// Passes a 2xx on; makes anything else an error with the server's own words.

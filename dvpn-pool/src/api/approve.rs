@@ -10,7 +10,7 @@ use axum::{
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{
-    contract::{ApproveRequest, ApproveResponse},
+    contract::{ApproveRequest, ApproveResponse, PossessionProof},
     ids::ProviderId,
     keys::PublicKey,
     limits::MAX_APPROVAL_LIFE,
@@ -19,8 +19,9 @@ use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use crate::{
+    ledger::Given,
     live::AckResult,
-    pool::Pool,
+    pool::{Pool, TokenClaim},
     refusal::Refusal,
     request::Incoming,
     signing::sha256,
@@ -66,7 +67,11 @@ async fn decide(pool: &Arc<Pool>, body: ApproveRequest) -> Result<ApproveRespons
     pool.approvals
         .take(&wish.token, Instant::now())
         .map_err(Refusal::too_many)?;
-    let row = admit(pool, &wish, first_use).await?;
+    let claim = pool
+        .claim_token(wish.token)
+        .ok_or_else(|| Refusal::unavailable("another approval for this token is under way"))?;
+    let (row, given) = admit(pool, &claim, &wish, first_use).await?;
+    drop(claim);
     let networks = pool.networks(wish.node.index);
     let addresses = networks.of_client(row.host);
     Ok(ApproveResponse {
@@ -76,18 +81,22 @@ async fn decide(pool: &Arc<Pool>, body: ApproveRequest) -> Result<ApproveRespons
         addresses: Some(addresses),
         gateways: Some(networks.gateways()),
         expires_at: Some(wish.expires_at),
-        approval: Some(STANDARD.encode(&row.approval)),
-        signature: Some(STANDARD.encode(row.signature)),
+        approval: Some(STANDARD.encode(&given.approval)),
+        signature: Some(STANDARD.encode(given.signature)),
+        pool_key: Some(given.signer.ring.current().public()),
+        rotations: given.signer.rotations.clone(),
         error: None,
     })
 }
 
-/// Makes the client a peer of the node. Only once the node has said so this is an approval; every other one of the token
-/// goes then.
-pub(crate) async fn admit(pool: &Arc<Pool>, wish: &NewApproval, first_use: bool) -> Result<ApprovalRow, Refusal> {
-    let Some(claim) = pool.claim_token(wish.token) else {
-        return Err(Refusal::unavailable("another approval for this token is under way"));
-    };
+/// Makes the client a peer of the node, by right of `_claim`. Only once the node has said so this is an approval; every
+/// other one of the token goes then.
+pub(crate) async fn admit(
+    pool: &Arc<Pool>,
+    _claim: &TokenClaim,
+    wish: &NewApproval,
+    first_use: bool,
+) -> Result<(ApprovalRow, Given), Refusal> {
     let (row, answer) = stored(pool.ledger.approve(wish.clone()).await?)?;
     let problem = match tokio::time::timeout(pool.config.timing.ack_timeout, answer).await {
         Ok(Ok(Ok(()))) => None,
@@ -107,7 +116,7 @@ pub(crate) async fn admit(pool: &Arc<Pool>, wish: &NewApproval, first_use: bool)
     }
     let grace = pool.config.timing.renewal_grace;
     let over = Timestamp::now().checked_add(grace).unwrap_or(wish.expires_at);
-    let stands = pool
+    let given = pool
         .ledger
         .acknowledge(Acknowledgement {
             token: wish.token,
@@ -117,11 +126,10 @@ pub(crate) async fn admit(pool: &Arc<Pool>, wish: &NewApproval, first_use: bool)
             first_use,
         })
         .await?;
-    drop(claim);
-    if !stands {
-        return Err(Refusal::unavailable("the approval was taken back meanwhile; try again"));
+    match given {
+        Some(given) => Ok((row, given)),
+        None => Err(Refusal::unavailable("the approval was taken back meanwhile; try again")),
     }
-    Ok(row)
 }
 
 /// A token that this pool gave out, that the operator has not taken back, and that is paid at `now`.
@@ -146,7 +154,7 @@ async fn check(pool: &Pool, body: &ApproveRequest) -> Result<Wish, Refusal> {
     let now = Timestamp::now();
     let issued_at = Timestamp::from_second(now.as_second()).unwrap_or(now);
     let token = sha256(body.token.as_bytes());
-    check_proof(pool, body, &client_key, &token)?;
+    check_proof(pool, body.proof.as_ref(), &body.provider_id, &client_key, &token)?;
     let known = paid_token(pool, &token, now).await?;
     let unknown = || Refusal::not_found("the pool has no such provider: fetch the list again");
     let id: ProviderId = body.provider_id.parse().ok().ok_or_else(unknown)?;
@@ -177,25 +185,34 @@ async fn check(pool: &Pool, body: &ApproveRequest) -> Result<Wish, Refusal> {
             renews: body.renews,
             now: issued_at,
             expires_at,
+            only_again: false,
         },
     })
 }
 
 /// Whoever asks must hold the private half of the key: else one could have somebody else's key bound to one's token.
-fn check_proof(pool: &Pool, body: &ApproveRequest, client_key: &PublicKey, token: &TokenHash) -> Result<(), Refusal> {
+/// `subject` is what the proof was made for: a provider's id, or [`dvpn_common::possession::PROVISION`].
+pub(crate) fn check_proof(
+    pool: &Pool,
+    proof: Option<&PossessionProof>,
+    subject: &str,
+    client_key: &PublicKey,
+    token: &TokenHash,
+) -> Result<(), Refusal> {
     let refused = |reason: &str| {
         // The id is the sender's word: only one that could be an id is repeated.
-        let provider = body.provider_id.parse::<ProviderId>().ok();
+        let provider = subject.parse::<ProviderId>().ok();
         tracing::warn!(target: crate::AUDIT, provider = provider.as_ref().map(ProviderId::as_str), reason, "proof_refused");
         Refusal::unauthorized(reason)
     };
-    let Some(proof) = &body.proof else {
+    let Some(proof) = proof else {
         return Err(refused(
-            "`proof` is missing: show with a key of approve/challenge that you hold the private half of `client_public_key`",
+            "`proof` is missing: show with a key of approve/challenge (of an orchestrator, provision/challenge) that you \
+             hold the private half of the client's key",
         ));
     };
     pool.challenges
-        .check(proof, &body.provider_id, client_key, token, Instant::now())
+        .check(proof, subject, client_key, token, Instant::now())
         .map_err(|error| refused(&error.to_string()))
 }
 
@@ -238,6 +255,7 @@ fn stored(
         (ApproveOutcome::Superseded, _) => {
             Refusal::conflict("this key was renewed by another one: use that, or a fresh one")
         }
+        (ApproveOutcome::NotThere, _) => Refusal::not_found("the approval ended: ask for another"),
     };
     Err(refusal)
 }

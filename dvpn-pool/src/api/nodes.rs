@@ -17,6 +17,7 @@ use dvpn_common::{
 };
 use futures::Stream;
 use jiff::Timestamp;
+use tokio::sync::mpsc::Receiver;
 
 use super::providers::start_check;
 use crate::{
@@ -25,7 +26,7 @@ use crate::{
     refusal::Refusal,
     request::Incoming,
     signed::Claim,
-    store::Node,
+    store::{self, Node},
 };
 
 /// `GET /providers/nodes/{id}/events`
@@ -38,16 +39,7 @@ pub async fn events(
         .guarded(request.source, async {
             let node = signed_node(&pool, &id, &request)?;
             let order = pool.changes.lock().await;
-            let networks = pool.networks(node.index);
-            let (sequence, peers) = pool
-                .store
-                .peers(&node, Timestamp::now(), |host| networks.of_client(host))
-                .await?;
-            let snapshot = Snapshot {
-                sequence,
-                networks: networks.of_node(),
-                peers,
-            };
+            let snapshot = snapshot(&pool, &node).await?;
             let end = pool
                 .live
                 .open_stream(&node.id, snapshot, request.source, Instant::now())?;
@@ -60,6 +52,45 @@ pub async fn events(
     Ok(Sse::new(stream).keep_alive(KeepAlive::new().interval(STREAM_PING).text("ping")))
 }
 
+/// All there is of a node. The caller holds [`Pool::changes`].
+async fn snapshot(pool: &Pool, node: &Node) -> Result<Snapshot, store::Error> {
+    let networks = pool.networks(node.index);
+    let (sequence, peers) = pool
+        .store
+        .peers(node, Timestamp::now(), |host| networks.of_client(host))
+        .await?;
+    let signer = pool.signer();
+    Ok(Snapshot {
+        sequence,
+        networks: networks.of_node(),
+        peers,
+        pool_key: Some(signer.ring.current().public()),
+        rotations: signer.rotations.clone(),
+    })
+}
+
+/// The event to send; in place of a [`NodeEvent::Resync`], and of everything that waits behind it, a snapshot.
+async fn current(guard: &Guard, events: &mut Receiver<NodeEvent>, next: NodeEvent) -> Result<NodeEvent, Gone> {
+    let NodeEvent::Resync = next else { return Ok(next) };
+    let pool = &guard.pool;
+    let node = pool.live.node(&guard.id).ok_or(Gone::Node)?;
+    let _order = pool.changes.lock().await;
+    // Events are put into the stream in the order of changes only, which is held: the snapshot covers all that wait.
+    while events.try_recv().is_ok() {}
+    Ok(NodeEvent::Snapshot(snapshot(pool, &node).await?))
+}
+
+/// Why a stream cannot go on.
+#[derive(Debug, thiserror::Error)]
+enum Gone {
+    #[error("the node is forgotten")]
+    Node,
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error("an event cannot be written")]
+    Encode(#[from] axum::Error),
+}
+
 fn stream(pool: Arc<Pool>, id: ProviderId, end: StreamEnd) -> impl Stream<Item = Result<Event, Infallible>> {
     let StreamEnd { mut events, generation } = end;
     let guard = Guard { pool, id, generation };
@@ -67,11 +98,11 @@ fn stream(pool: Arc<Pool>, id: ProviderId, end: StreamEnd) -> impl Stream<Item =
         // Dropped with the stream, when the connection goes or a newer stream replaces this one.
         let guard = guard;
         while let Some(next) = events.recv().await {
-            match encode(&next) {
+            match current(&guard, &mut events, next).await.and_then(|next| Ok(encode(&next)?)) {
                 Ok(encoded) => yield Ok(encoded),
                 Err(error) => {
                     // A gap would leave the node wrong for ever; a new stream begins with a snapshot.
-                    tracing::error!(node = %guard.id, %error, "an event cannot be written: the stream ends");
+                    tracing::error!(node = %guard.id, %error, "the stream of a node ends");
                     break;
                 }
             }
@@ -97,6 +128,7 @@ fn encode(next: &NodeEvent) -> Result<Event, axum::Error> {
         NodeEvent::Add(added) => (event::ADD, added.sequence),
         NodeEvent::Remove(removed) => (event::REMOVE, removed.sequence),
         NodeEvent::Release(released) => (event::RELEASE, released.sequence),
+        NodeEvent::Resync => return Ok(Event::default().comment("resync")),
     };
     let encoded = Event::default().event(name).id(sequence.to_string());
     match next {
@@ -104,6 +136,7 @@ fn encode(next: &NodeEvent) -> Result<Event, axum::Error> {
         NodeEvent::Add(added) => encoded.json_data(added),
         NodeEvent::Remove(removed) => encoded.json_data(removed),
         NodeEvent::Release(released) => encoded.json_data(released),
+        NodeEvent::Resync => Ok(encoded),
     }
 }
 

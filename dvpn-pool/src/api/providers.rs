@@ -127,6 +127,12 @@ async fn registered(pool: &Arc<Pool>, request: Incoming) -> Result<RegisterRespo
         draining: body.draining,
         max_peers: body.max_peers,
     };
+    // A change costs a write that everything else waits for. The heartbeat that says the same again costs none.
+    if known.as_ref().is_some_and(|node| wanted.changes(node)) {
+        pool.node_changes
+            .take(&wanted.id, Instant::now())
+            .map_err(Refusal::too_many)?;
+    }
     let order = pool.changes.lock().await;
     let (node, removed) = match pool.store.register(&wanted, now).await? {
         RegisterOutcome::Stored { node, removed } => (node, removed),

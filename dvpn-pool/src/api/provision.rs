@@ -17,7 +17,7 @@ pub async fn provision(State(pool): State<Arc<Pool>>, request: Incoming) -> Resu
     let worker = pool.clone();
     let lent = async {
         let body: ProvisionRequest = request.json()?;
-        whole(async move { orchestrator::lend(&worker, &body.token, body.public_key).await }).await
+        whole(async move { orchestrator::lend(&worker, &body).await }).await
     };
     pool.guarded(source, lent).await.map(Json)
 }

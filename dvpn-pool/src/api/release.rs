@@ -16,7 +16,7 @@ pub async fn release(State(pool): State<Arc<Pool>>, request: Incoming) -> Result
         if pool.store.token(&token).await?.is_none() {
             return Err(Refusal::unauthorized("this pool does not know the token"));
         }
-        pool.approvals.take(&token, Instant::now()).map_err(Refusal::too_many)?;
+        pool.releases.take(&token, Instant::now()).map_err(Refusal::too_many)?;
         let Ok(node) = body.provider_id.parse::<ProviderId>() else {
             return Ok(StatusCode::NO_CONTENT);
         };

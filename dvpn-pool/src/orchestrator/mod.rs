@@ -6,14 +6,18 @@
 
 use std::{sync::Arc, time::Instant};
 
-use dvpn_common::{contract::ProvisionResponse, keys::PublicKey};
+use dvpn_common::{
+    contract::{ProvisionRequest, ProvisionResponse},
+    keys::PublicKey,
+    possession::PROVISION,
+};
 use jiff::Timestamp;
 
 use crate::{
-    api::approve::{admit, paid_token},
+    api::approve::{admit, check_proof, paid_token},
     hex,
     limiter::Limiter,
-    pool::Pool,
+    pool::{Pool, TokenClaim},
     refusal::Refusal,
     signing::sha256,
     store::{ApprovalRow, LeaseRow, NewApproval, Node, TokenHash},
@@ -46,11 +50,13 @@ impl Orchestrator {
     }
 }
 
-/// Makes a lease for `client_key` at the standby node with the fewest peers.
-pub async fn lend(pool: &Arc<Pool>, token: &str, client_key: PublicKey) -> Result<ProvisionResponse, Refusal> {
+/// Makes a lease for the asker's key at the standby node with the fewest peers.
+pub async fn lend(pool: &Arc<Pool>, asked: &ProvisionRequest) -> Result<ProvisionResponse, Refusal> {
     let orchestrator = orchestrator(pool)?;
     let now = Timestamp::now();
-    let token = sha256(token.as_bytes());
+    let token = sha256(asked.token.as_bytes());
+    let client_key = asked.public_key;
+    check_proof(pool, asked.proof.as_ref(), PROVISION, &client_key, &token)?;
     let known = paid_token(pool, &token, now).await?;
     orchestrator
         .leases
@@ -63,10 +69,12 @@ pub async fn lend(pool: &Arc<Pool>, token: &str, client_key: PublicKey) -> Resul
     let peers = pool.store.peer_counts().await?;
     nodes.sort_by_key(|node| peers.get(&node.id).copied().unwrap_or(0));
     let mut last = Refusal::unavailable("no standby node is ready; try again later");
+    // Held until the lease has its name: another one of the token comes before or after it.
+    let claim = claim(pool, token).await?;
     for node in nodes.into_iter().take(TRIES) {
         let wish = wish(orchestrator, token, node, client_key, known.expires_at);
-        match admit(pool, &wish, !known.used).await {
-            Ok(row) => {
+        match admit(pool, &claim, &wish, !known.used).await {
+            Ok((row, _)) => {
                 let id = hex::encode(&rand::random::<[u8; 16]>());
                 pool.store.store_lease(&id, &token, &wish.node.id, &client_key).await?;
                 tracing::info!(node = %wish.node.id, expires_at = %wish.expires_at, "a lease begins");
@@ -88,22 +96,26 @@ pub async fn renew(pool: &Arc<Pool>, id: &str, token: &str) -> Result<ProvisionR
     let now = Timestamp::now();
     let token = sha256(token.as_bytes());
     let known = paid_token(pool, &token, now).await?;
-    let lease = find(pool, id, &token, now).await?;
+    find(pool, id, &token, now).await?;
     pool.approvals.take(&token, Instant::now()).map_err(Refusal::too_many)?;
+    // Once no other approval of the token is under way: one that came first has taken the lease's place.
+    let claim = claim(pool, token).await?;
+    let lease = find(pool, id, &token, Timestamp::now()).await?;
     let node = pool.live.node(&lease.node).ok_or_else(gone)?;
-    let wish = wish(orchestrator, token, node, lease.client_key, known.expires_at);
-    let row = admit(pool, &wish, false).await?;
-    if !row.again {
-        // It ended while it was being renewed: the client's tunnel has other addresses than this row.
-        pool.ledger.withdraw(row.serial).await?;
-        return Err(gone());
-    }
+    let wish = NewApproval {
+        only_again: true,
+        ..wish(orchestrator, token, node, lease.client_key, known.expires_at)
+    };
+    let (row, _) = admit(pool, &claim, &wish, false).await?;
     Ok(response(pool, id.to_owned(), &wish, &row))
 }
 
 /// Takes a lease back before its end.
 pub async fn take_back(pool: &Arc<Pool>, id: &str, token: &str) -> Result<(), Refusal> {
     let token = sha256(token.as_bytes());
+    find(pool, id, &token, Timestamp::now()).await?;
+    // A renewal under way has another serial than the lease had.
+    let _claim = claim(pool, token).await?;
     let lease = find(pool, id, &token, Timestamp::now()).await?;
     pool.ledger.withdraw(lease.serial).await?;
     pool.store.forget_lease(id).await?;
@@ -115,6 +127,12 @@ fn orchestrator(pool: &Pool) -> Result<&Orchestrator, Refusal> {
     pool.orchestrator
         .as_ref()
         .ok_or_else(|| Refusal::not_found("this server is no orchestrator"))
+}
+
+async fn claim(pool: &Arc<Pool>, token: TokenHash) -> Result<TokenClaim, Refusal> {
+    pool.claim_token_soon(token)
+        .await
+        .ok_or_else(|| Refusal::unavailable("another approval for this token is under way"))
 }
 
 async fn find(pool: &Pool, id: &str, token: &TokenHash, now: Timestamp) -> Result<LeaseRow, Refusal> {
@@ -143,6 +161,7 @@ fn wish(
         renews: None,
         now: issued_at,
         expires_at: end.min(paid_until),
+        only_again: false,
     }
 }
 

@@ -6,8 +6,8 @@ use dvpn_common::keys::PublicKey;
 use sqlx::{FromRow, Sqlite, Transaction};
 
 use super::{
-    Acknowledgement, ApprovalRow, ApproveOutcome, Error, NewApproval, Node, ReleaseOutcome, Removed, Store, TokenHash,
-    commit,
+    Acknowledged, Acknowledgement, ApprovalRow, ApproveOutcome, Error, NewApproval, Node, ReleaseOutcome, Removed,
+    Store, TokenHash, commit,
     plan::{Held, OwnerRow, plan},
     public_key, query,
 };
@@ -186,16 +186,25 @@ impl Batch {
 
     /// Marks an approval as acknowledged by its node, and ends the other approvals of its token: the one it renews in
     /// a while, the others now. Nothing if the approval went meanwhile.
-    pub async fn acknowledge(&mut self, done: &Acknowledgement) -> Result<Option<Vec<Removed>>, Error> {
+    pub async fn acknowledge(&mut self, done: &Acknowledgement) -> Result<Option<Acknowledged>, Error> {
         let serial = number(done.serial)?;
-        let marked = sqlx::query("UPDATE approval SET acknowledged = 1 WHERE serial = ?")
-            .bind(serial)
-            .execute(&mut *self.0)
-            .await
-            .map_err(query("acknowledge an approval"))?;
-        if marked.rows_affected() == 0 {
+        let marked: Option<(Vec<u8>, Vec<u8>)> =
+            sqlx::query_as("UPDATE approval SET acknowledged = 1 WHERE serial = ? RETURNING approval, signature")
+                .bind(serial)
+                .fetch_optional(&mut *self.0)
+                .await
+                .map_err(query("acknowledge an approval"))?;
+        let Some((approval, signature)) = marked else {
             return Ok(None);
-        }
+        };
+        let signature = <[u8; 64]>::try_from(signature).map_err(|_length| Error::Corrupt("signature"))?;
+        let acknowledged = |removed| {
+            Some(Acknowledged {
+                approval,
+                signature,
+                removed,
+            })
+        };
         if done.first_use {
             sqlx::query("UPDATE token SET used = 1 WHERE hash = ?")
                 .bind(done.token.as_slice())
@@ -204,7 +213,7 @@ impl Batch {
                 .map_err(query("mark a token as used"))?;
         }
         if !done.others {
-            return Ok(Some(Vec::new()));
+            return Ok(acknowledged(Vec::new()));
         }
         let mut others: Vec<OwnerRow> = sqlx::query_as(
             "SELECT serial, node_id, client_key FROM approval WHERE token_hash = ? AND serial <> ? ORDER BY serial",
@@ -225,7 +234,7 @@ impl Batch {
                 .await
                 .map_err(query("supersede an approval"))?;
         }
-        remove(&mut self.0, others).await.map(Some)
+        remove(&mut self.0, others).await.map(acknowledged)
     }
 
     /// Takes one approval back.

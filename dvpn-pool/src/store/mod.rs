@@ -29,7 +29,8 @@ pub use changes::Batch;
 pub use checkouts::{CheckoutRow, OpenOutcome};
 pub use leases::LeaseRow;
 pub use nodes::{Node, RegisterOutcome};
-pub use plan::{Acknowledgement, ApprovalRow, ApproveOutcome, NewApproval, ReleaseOutcome, Removed};
+pub use plan::{Acknowledged, Acknowledgement, ApprovalRow, ApproveOutcome, NewApproval, ReleaseOutcome, Removed};
+pub use rotations::Signed;
 pub use tokens::Token;
 
 /// SHA-256 of a token: the only form in which one is stored.

@@ -15,7 +15,7 @@ use crate::network::{FIRST_HOST, HOSTS};
 
 /// How stale `seen_at` may get before a heartbeat is worth a write.
 const SEEN_RESOLUTION_SECONDS: i64 = 600;
-/// A node that was never listed nor approved and is silent for this long gives its id and networks back.
+/// A node that was never listed nor approved, is no standby, and is silent for this long gives its id and networks back.
 const FORGET_AFTER_SECONDS: i64 = 3600;
 /// Nodes that were never listed nor approved, at one time.
 const MOST_UNLISTED: i64 = 2048;
@@ -45,6 +45,19 @@ pub struct Node {
     pub draining: bool,
     /// Most clients its owner admits.
     pub max_peers: Option<u32>,
+}
+
+impl Node {
+    /// Whether this registration says something else than the node `known`. What is not the node's to say does not
+    /// count.
+    pub fn changes(&self, known: &Self) -> bool {
+        let said = Self {
+            index: known.index,
+            approved: known.approved,
+            ..self.clone()
+        };
+        said != *known
+    }
 }
 
 /// What became of a registration.
@@ -261,11 +274,11 @@ impl Store {
         commit(change).await
     }
 
-    /// Forgets nodes that were never listed nor approved, have no peers and are silent; returns which.
+    /// Forgets nodes that were never listed nor approved, are no standbys, have no peers and are silent; returns which.
     pub async fn forget_silent_nodes(&self, now: Timestamp) -> Result<Vec<ProviderId>, Error> {
         let ids: Vec<String> = sqlx::query_scalar(
             "DELETE FROM node WHERE listed = 0 AND approved = 0 AND seen_at < ? \
-             AND id NOT IN (SELECT node_id FROM approval) RETURNING id",
+             AND id NOT IN (SELECT node_id FROM approval) AND id NOT IN (SELECT node_id FROM standby) RETURNING id",
         )
         .bind(now.as_second().saturating_sub(FORGET_AFTER_SECONDS))
         .fetch_all(&self.pool)

@@ -24,12 +24,14 @@ pub struct NewApproval {
     pub now: Timestamp,
     /// When it ends.
     pub expires_at: Timestamp,
+    /// Only to let this very key go on where it is: nothing is made anew.
+    pub only_again: bool,
 }
 
 /// A stored approval.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApprovalRow {
-    /// Its serial.
+    /// Names it. Signed as its serial, until a change of the pool's key has it signed again under a higher one.
     pub serial: u64,
     /// The node's sequence number that tells of it.
     pub sequence: u64,
@@ -66,6 +68,8 @@ pub enum ApproveOutcome {
     RenewalPending,
     /// The key itself was renewed by another one.
     Superseded,
+    /// The key was to go on, and is no peer (any more).
+    NotThere,
 }
 
 /// A peer that went from a node.
@@ -92,6 +96,17 @@ pub struct Acknowledgement {
     pub others: bool,
     /// Whether this is the first use of the token.
     pub first_use: bool,
+}
+
+/// An acknowledged approval.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acknowledged {
+    /// The signed bytes as they are by now: the pool's key may have changed while the node was waited for.
+    pub approval: Vec<u8>,
+    /// The signature over them.
+    pub signature: [u8; 64],
+    /// Keys of the token that went.
+    pub removed: Vec<Removed>,
 }
 
 /// What became of a release.
@@ -164,6 +179,9 @@ pub(super) fn plan(held: &[Held], wanted: &NewApproval) -> Result<Plan, ApproveO
         return Err(ApproveOutcome::Superseded);
     }
     let again = here.filter(|row| row.ours && row.live);
+    if wanted.only_again && again.is_none() {
+        return Err(ApproveOutcome::NotThere);
+    }
     let renewed_by_this = again.and_then(|row| row.renews.as_deref());
     let (mut renews, mut host) = (None, again.map(|row| row.host));
     if let Some(before) = renewed_by_this {

@@ -357,3 +357,26 @@ async fn guessing_tokens_is_slowed_down() {
     assert!((1..=61).contains(&wait));
     assert_eq!(pool.access.get("/providers").await.status(), 200, "the list stays open");
 }
+
+#[tokio::test]
+async fn a_token_gets_a_burst_of_approvals_and_then_has_to_wait() {
+    let pool = TestPool::start(|_| {}).await;
+    let _node = serving(&pool, "node-a", 1).await;
+    let (token, other) = (pool.access.pay("user").await, pool.access.pay("other").await);
+    let mut refused = None;
+    for number in 0..40 {
+        let response = pool.access.approve("node-a", &token, client_key(number % 2)).await;
+        if response.status() == 429 {
+            refused = Some((number, response));
+            break;
+        }
+        assert_eq!(response.status(), 200);
+    }
+    let (number, response) = refused.expect("a limit");
+    // On a slow machine a place or two came back meanwhile.
+    assert!((12..20).contains(&number), "{number}");
+    let wait: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!((1..=11).contains(&wait), "{wait}");
+    assert_eq!(pool.access.release("node-a", &token, client_key(1)).await.status(), 204);
+    pool.access.approved("node-a", &other, client_key(9)).await;
+}

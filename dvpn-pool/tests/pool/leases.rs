@@ -2,20 +2,27 @@
 
 use std::time::Duration;
 
-use dvpn_common::{contract::ProvisionResponse, keys::PublicKey};
+use dvpn_common::{
+    contract::{ChallengeResponse, PossessionProof, ProvisionRequest, ProvisionResponse},
+    keys::PublicKey,
+    possession::PROVISION,
+};
 use jiff::{SignedDuration, Timestamp};
-use serde_json::json;
 
 use crate::{
-    node::{ServingNode, TestNode},
-    support::{Access, DEADLINE, TestPool, client_key, eventually, refusal},
+    node::{Seen, ServingNode, TestNode, next},
+    support::{Access, DEADLINE, TestPool, client_key, eventually, proof, refusal},
 };
 
 const LIFE: Duration = Duration::from_mins(10);
 
 /// An orchestrating pool with one listed node and one on standby.
 async fn pool(life: Duration) -> (TestPool, ServingNode, ServingNode) {
-    let pool = TestPool::start(|config| config.orchestrator = Some(life)).await;
+    let pool = TestPool::start(|config| {
+        config.orchestrator = Some(life);
+        config.limits.approvals = 1000;
+    })
+    .await;
     let listed = TestNode::new(&pool.access, "node-a", 1).await.serve().await;
     let standby = TestNode::new(&pool.access, "node-s", 2).await.serve().await;
     pool.access.wait_for_list(&["node-a", "node-s"]).await;
@@ -31,8 +38,32 @@ async fn pool(life: Duration) -> (TestPool, ServingNode, ServingNode) {
 }
 
 async fn provision(access: &Access, token: &str, key: PublicKey) -> reqwest::Response {
-    let body = json!({ "user_id": "0123456789abcdef0123456789abcdef", "token": token, "public_key": key, "timeout_seconds": 60 });
-    access.post("/orchestrator/provision", &body).await
+    let challenge: ChallengeResponse = access
+        .get("/orchestrator/provision/challenge")
+        .await
+        .json()
+        .await
+        .expect("an orchestrator gives challenges");
+    let shown = proof(PROVISION, token, key, challenge.public_key);
+    provision_with(access, token, key, Some(shown)).await
+}
+
+async fn provision_with(
+    access: &Access,
+    token: &str,
+    key: PublicKey,
+    proof: Option<PossessionProof>,
+) -> reqwest::Response {
+    let request = ProvisionRequest {
+        user_id: "0123456789abcdef0123456789abcdef".parse().unwrap(),
+        token: token.to_owned(),
+        public_key: key,
+        proof,
+        timeout_seconds: 60,
+    };
+    access
+        .post("/orchestrator/provision", &serde_json::to_value(request).unwrap())
+        .await
 }
 
 async fn provisioned(access: &Access, token: &str, key: PublicKey) -> ProvisionResponse {
@@ -177,6 +208,90 @@ async fn one_token_has_one_lease_and_a_key_one_token() {
 }
 
 #[tokio::test]
+async fn only_who_holds_a_key_has_a_provider_made_for_it() {
+    let (pool, _listed, standby) = pool(LIFE).await;
+    let (access, key) = (&pool.access, client_key(1));
+    let token = access.pay("user").await;
+    let challenge = access.challenge().await.public_key;
+    for (shown, why) in [
+        (None, "none"),
+        (
+            Some(proof(PROVISION, &token, client_key(2), challenge)),
+            "another key's",
+        ),
+        (Some(proof(PROVISION, "dev_other", key, challenge)), "another token's"),
+        (Some(proof("node-s", &token, key, challenge)), "one for an approval"),
+        (
+            Some(proof(PROVISION, &token, key, client_key(3))),
+            "no challenge of ours",
+        ),
+    ] {
+        let (status, error) = refusal(provision_with(access, &token, key, shown).await).await;
+        assert_eq!(status, 401, "{why}: {error}");
+    }
+    assert!(standby.keys().is_empty());
+    // And what is shown for a provision approves nothing.
+    let mut request = access.approve_request("node-a", &token, key).await;
+    request.proof = Some(proof(PROVISION, &token, key, challenge));
+    assert_eq!(access.send_approve(&request).await.status(), 401);
+    provisioned(access, &token, key).await;
+    assert_eq!(standby.keys(), [key]);
+}
+
+#[tokio::test]
+async fn a_renewal_that_meets_an_approval_of_its_token_takes_nothing_from_it() {
+    let pool = TestPool::start(|config| {
+        config.orchestrator = Some(LIFE);
+        config.timing.ack_timeout = DEADLINE;
+    })
+    .await;
+    let access = &pool.access;
+    let standby = TestNode::new(access, "node-s", 2).await.serve().await;
+    let slow = TestNode::new(access, "node-a", 1).await;
+    slow.register().await;
+    let mut events = slow.open_stream().await;
+    next(&mut events).await;
+    slow.register_until_listed().await;
+    assert!(
+        pool.store()
+            .await
+            .set_standby(&"node-s".parse().unwrap(), true)
+            .await
+            .unwrap()
+    );
+    access.wait_for_list(&["node-a"]).await;
+    let token = access.pay("user").await;
+    let id = provisioned(access, &token, client_key(1)).await.lease_id.unwrap();
+
+    // The approval is at its node, unanswered, when the renewal comes.
+    let approving = access.approve("node-a", &token, client_key(2));
+    let renewing = async {
+        let Seen::Add(added) = next(&mut events).await else {
+            panic!("an approval")
+        };
+        let renewal = lease(access, reqwest::Method::POST, &id, Some(&token));
+        let answering = async {
+            // That it waits for the approval nothing shows; whatever comes first, the outcome is the same.
+            for _ in 0..5 {
+                assert_eq!(access.get("/health").await.status(), 200);
+            }
+            slow.ack(added.sequence, Vec::new()).await;
+        };
+        tokio::join!(renewal, answering).0
+    };
+    let (approved, renewed) = tokio::join!(approving, renewing);
+    assert_eq!(approved.status(), 200);
+    let (status, error) = refusal(renewed).await;
+    assert_eq!(status, 404, "the approval took the lease's place: {error}");
+    eventually(|| async { standby.keys().is_empty() }).await;
+    let Seen::Snapshot(snapshot) = next(&mut slow.open_stream().await).await else {
+        panic!("a snapshot")
+    };
+    assert_eq!(snapshot.peers.len(), 1);
+    assert_eq!(snapshot.peers[0].public_key, client_key(2));
+}
+
+#[tokio::test]
 async fn a_lease_that_nobody_renews_ends_by_itself() {
     let (pool, _listed, standby) = pool(Duration::from_secs(2)).await;
     let (access, key) = (&pool.access, client_key(1));
@@ -233,5 +348,10 @@ async fn without_a_standby_or_the_option_there_is_nothing_to_lend() {
     );
 
     let plain = TestPool::start(|_| {}).await;
-    assert_eq!(provision(&plain.access, &token, client_key(1)).await.status(), 404);
+    assert_eq!(
+        provision_with(&plain.access, &token, client_key(1), None)
+            .await
+            .status(),
+        404
+    );
 }

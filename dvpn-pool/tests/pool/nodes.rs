@@ -293,3 +293,88 @@ async fn providers_get_networks_that_do_not_overlap() {
     }
     assert_eq!(pool.access.listed_ids().await, ["node-a", "node-b"]);
 }
+
+#[tokio::test]
+async fn a_node_that_changes_in_a_loop_has_to_wait_and_its_heartbeats_do_not() {
+    let pool = TestPool::start(|config| config.limits.changes = 2).await;
+    let node = TestNode::new(&pool.access, "node-a", 1).await;
+    let other = TestNode::new(&pool.access, "node-b", 2).await;
+    node.register().await;
+    other.register().await;
+    let mut body = node.registration();
+    let mut answers = Vec::new();
+    for number in 0..6 {
+        body["region"] = json!(format!("region-{number}"));
+        let response = node.post(REGISTER, &body).await;
+        if response.status() == 429 {
+            let wait: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+            assert!((1..=31).contains(&wait), "{wait}");
+        }
+        answers.push(response.status().as_u16());
+    }
+    assert_eq!(answers, [200, 200, 200, 200, 429, 429], "twice the pace at once");
+    body["region"] = json!("region-3");
+    for _ in 0..20 {
+        assert_eq!(
+            node.post(REGISTER, &body).await.status(),
+            200,
+            "a heartbeat as it stands"
+        );
+    }
+    let mut moved = other.registration();
+    moved["region"] = json!("elsewhere");
+    assert_eq!(other.post(REGISTER, &moved).await.status(), 200);
+    // A stranger cannot use the node's changes up: only what it signed is counted.
+    let stranger = TestNode::new(&pool.access, "node-b", 3).await;
+    for number in 0..6 {
+        moved["region"] = json!(format!("stranger-{number}"));
+        assert_ne!(stranger.post(REGISTER, &moved).await.status(), 200);
+    }
+    moved["region"] = json!("again-elsewhere");
+    assert_eq!(other.post(REGISTER, &moved).await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_standby_node_is_not_forgotten_however_silent() {
+    let pool = TestPool::start(|_| {}).await;
+    let node = TestNode::new(&pool.access, "node-s", 1).await;
+    node.register().await;
+    let (store, id) = (pool.store().await, "node-s".parse().unwrap());
+    assert!(store.set_standby(&id, true).await.unwrap());
+    let in_two_hours = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(2);
+    assert!(store.forget_silent_nodes(in_two_hours).await.unwrap().is_empty());
+    assert!(store.standbys().await.unwrap().contains(&id));
+    assert!(store.set_standby(&id, false).await.unwrap());
+    assert_eq!(store.forget_silent_nodes(in_two_hours).await.unwrap(), [id]);
+}
+
+#[tokio::test]
+async fn that_a_node_was_listed_is_stored_also_when_the_disk_fails_at_first() {
+    let pool = TestPool::start(|_| {}).await;
+    let url = format!("sqlite://{}", pool.database().display());
+    let raw = sqlx::SqlitePool::connect(&url).await.unwrap();
+    let failing = "CREATE TRIGGER failing BEFORE UPDATE OF listed ON node BEGIN SELECT RAISE(FAIL, 'disk'); END";
+    sqlx::raw_sql(failing).execute(&raw).await.unwrap();
+    let _node = TestNode::new(&pool.access, "node-a", 1).await.serve().await;
+    let listed = || async {
+        sqlx::query_scalar::<_, i64>("SELECT listed FROM node WHERE id = 'node-a'")
+            .fetch_one(&raw)
+            .await
+            .unwrap()
+    };
+    // Each sweep takes the operator's standbys up, and then stores: once it took two changes up, it tried to.
+    let (store, id) = (pool.store().await, "node-a".parse().unwrap());
+    for (standby, list) in [(true, &[][..]), (false, &["node-a"])] {
+        assert!(store.set_standby(&id, standby).await.unwrap());
+        pool.access.wait_for_list(list).await;
+    }
+    assert_eq!(listed().await, 0);
+    sqlx::raw_sql("DROP TRIGGER failing").execute(&raw).await.unwrap();
+    tokio::time::timeout(DEADLINE, async {
+        while listed().await == 0 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+    .expect("it is stored by a later sweep");
+}

@@ -10,7 +10,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use dvpn_common::{
     approval::ApprovalFields,
-    contract::{ApproveResponse, KeyRotation, ProviderEntry, ProviderList},
+    contract::{ApproveResponse, KeyRotation, PeerEntry, ProviderEntry, ProviderList, RefusedPeer},
     directory::{rotation_bytes, signed_bytes},
     keys::VerifyingKey,
 };
@@ -19,8 +19,8 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::{
-    node::TestNode,
-    support::{Access, TestPool, client_key, eventually, refusal},
+    node::{Seen, ServingNode, TestNode, next},
+    support::{Access, DEADLINE, TestPool, client_key, eventually, refusal},
 };
 
 fn operator(database: &Path, arguments: &[&str], input: &str) -> Output {
@@ -225,4 +225,151 @@ async fn a_rotated_key_signs_within_a_second_and_is_vouched_for() {
     assert_eq!(pool.access.post(&path, &json!({})).await.status(), 200);
     let token = pool.access.checkout_status(&waiting).await.token.unwrap();
     assert!(pool.access.verify(&token).await.contains("\"active\":true"));
+}
+
+/// Whether `peer` is what `key` signed, for whom it says.
+fn is_signed(peer: &PeerEntry, key: &VerifyingKey) -> bool {
+    let answer = ApproveResponse {
+        approval: Some(peer.approval.clone()),
+        signature: Some(peer.signature.clone()),
+        ..ApproveResponse::default()
+    };
+    verifies(&answer, key)
+}
+
+fn fields(peer: &PeerEntry) -> ApprovalFields {
+    ApprovalFields::decode(&STANDARD.decode(&peer.approval).unwrap()).unwrap()
+}
+
+/// Has the operator change the key.
+fn rotate(pool: &TestPool) {
+    let done = operator(&pool.database(), &["rotate-key"], "");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// Follows the pool from the key pinned at first, link by link.
+fn followed(from: VerifyingKey, rotations: &[KeyRotation]) -> VerifyingKey {
+    rotations.iter().fold(from, |known, rotation| {
+        let signature = STANDARD.decode(&rotation.signature).unwrap();
+        let signed = verify(&known, &rotation_bytes(&rotation.from, &rotation.to), &signature);
+        assert!(signed && rotation.from == known);
+        rotation.to
+    })
+}
+
+#[tokio::test]
+async fn live_approvals_are_signed_again_on_the_open_stream_and_stay_what_they_were() {
+    let mut pool = TestPool::start(|_| {}).await;
+    let node = TestNode::new(&pool.access, "node-a", 1).await.serve().await;
+    let idle = TestNode::new(&pool.access, "node-b", 2).await.serve().await;
+    let (token, other) = (pool.access.pay("user").await, pool.access.pay("other").await);
+    pool.access.approved("node-a", &token, client_key(1)).await;
+    pool.access.approved("node-a", &other, client_key(2)).await;
+    let before = [node.peer(client_key(1)).unwrap(), node.peer(client_key(2)).unwrap()];
+    let events = node.log.lock().unwrap().len();
+    rotate(&pool);
+    let told = |node: &ServingNode| {
+        let log = node.log.lock().unwrap();
+        log.iter().rev().find_map(|event| match event {
+            Seen::Snapshot(snapshot) => Some(snapshot.clone()),
+            Seen::Add(_) | Seen::Remove(_) | Seen::Release(_) => None,
+        })
+    };
+    eventually(|| async { told(&node).is_some() && told(&idle).is_some() }).await;
+    let snapshot = told(&node).unwrap();
+    let key = snapshot.pool_key.unwrap();
+    assert_ne!(key, pool.key);
+    assert_eq!(followed(pool.key, &snapshot.rotations), key);
+    assert_eq!(
+        told(&idle).unwrap().pool_key,
+        Some(key),
+        "a node without clients hears of it too"
+    );
+    assert_eq!(
+        node.log.lock().unwrap().len(),
+        events + 1,
+        "one event on the stream there is"
+    );
+    let newest = before.iter().map(|peer| fields(peer).serial).max().unwrap();
+    for old in &before {
+        let now = node.peer(old.public_key).unwrap();
+        assert!(is_signed(&now, &key) && !is_signed_by_old(&now, &pool.key));
+        assert_eq!((&now.addresses, now.expires_at), (&old.addresses, old.expires_at));
+        let (was, is) = (fields(old), fields(&now));
+        assert!(is.serial > newest, "no replay: {} after {newest}", is.serial);
+        assert_eq!((was.addresses, was.expires_at), (is.addresses, is.expires_at));
+    }
+    // A client goes on: its renewal says which key signed and how it came to that.
+    let renewed = pool.access.renew("node-a", &token, client_key(3), client_key(1)).await;
+    let renewed = crate::support::granted(renewed).await;
+    assert_eq!(
+        (renewed.pool_key, followed(pool.key, &renewed.rotations)),
+        (Some(key), key)
+    );
+    assert!(verifies(&renewed, &key));
+    assert_eq!(pool.access.release("node-a", &other, client_key(2)).await.status(), 204);
+
+    // The same while nobody serves.
+    pool.stop().await;
+    rotate(&pool);
+    pool.start_again().await;
+    node.node.move_to(&pool.access);
+    let Seen::Snapshot(later) = next(&mut node.node.open_stream().await).await else {
+        panic!("a snapshot")
+    };
+    let latest = later.pool_key.unwrap();
+    assert_eq!(
+        (later.rotations.len(), followed(pool.key, &later.rotations)),
+        (2, latest)
+    );
+    assert!(later.sequence > snapshot.sequence);
+    assert_eq!(later.peers.len(), 3);
+    assert!(later.peers.iter().all(|peer| is_signed(peer, &latest)));
+    let released: Vec<_> = later.peers.iter().filter(|peer| peer.released).collect();
+    assert_eq!(released.len(), 1, "what else is known of a peer stays");
+}
+
+fn is_signed_by_old(peer: &PeerEntry, key: &VerifyingKey) -> bool {
+    verify(
+        key,
+        &STANDARD.decode(&peer.approval).unwrap(),
+        &STANDARD.decode(&peer.signature).unwrap(),
+    )
+}
+
+#[tokio::test]
+async fn an_approval_under_way_while_the_key_changes_is_given_under_the_new_key() {
+    let pool = TestPool::start(|config| config.timing.ack_timeout = DEADLINE).await;
+    let node = TestNode::new(&pool.access, "node-a", 1).await;
+    node.register().await;
+    let mut events = node.open_stream().await;
+    next(&mut events).await;
+    node.register_until_listed().await;
+    let token = pool.access.pay("user").await;
+    let approving = pool.access.approve("node-a", &token, client_key(1));
+    let serving = async {
+        let Seen::Add(added) = next(&mut events).await else {
+            panic!("an approval")
+        };
+        assert!(is_signed(&added.peer, &pool.key));
+        rotate(&pool);
+        let Seen::Snapshot(snapshot) = next(&mut events).await else {
+            panic!("a snapshot")
+        };
+        assert!(snapshot.sequence > added.sequence);
+        // As of a node that had heard of the new key by its heartbeat before it came to the approval.
+        let refused = RefusedPeer {
+            public_key: client_key(1),
+            reason: "the approval is not signed by this pool's key".into(),
+        };
+        node.ack(added.sequence, vec![refused]).await;
+        node.ack(snapshot.sequence, Vec::new()).await;
+        snapshot
+    };
+    let (answer, snapshot) = tokio::join!(approving, serving);
+    let answer = crate::support::granted(answer).await;
+    let key = snapshot.pool_key.unwrap();
+    assert_eq!(answer.pool_key, Some(key));
+    assert!(verifies(&answer, &key) && is_signed(&snapshot.peers[0], &key));
+    assert_eq!(answer.approval.as_ref(), Some(&snapshot.peers[0].approval));
 }

@@ -308,6 +308,7 @@ fn every_limit_of_a_source_can_be_set() {
         "connections",
         "failures",
         "approvals",
+        "changes",
         "nodes",
         "checkouts",
         "checks",

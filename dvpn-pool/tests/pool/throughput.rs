@@ -132,6 +132,7 @@ async fn a_node_has_room_for_4096_clients_and_their_snapshot_is_quick() {
             renews: None,
             now,
             expires_at: now + SignedDuration::from_hours(24),
+            only_again: false,
         };
         let outcome = batch.approve(&wanted, |_, _| (vec![7; 300], [9; 64])).await.unwrap();
         assert!(

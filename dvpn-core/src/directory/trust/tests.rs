@@ -192,7 +192,7 @@ fn a_record_holds_for_its_pool_and_its_setting() {
 #[test]
 fn serials_only_grow() {
     let mut record = PoolRecord::default();
-    assert!(record.saw_approval(3));
-    assert!(!record.saw_approval(3) && !record.saw_approval(2));
+    assert!(record.saw_approval(key(1), 3));
+    assert!(!record.saw_approval(key(1), 3) && !record.saw_approval(key(1), 2));
     assert_eq!(record.approval_serial, Some(3));
 }

@@ -1,10 +1,11 @@
 //! Asking the orchestrator for a provider, through the fallback script.
 
-use dvpn_common::contract::ProvisionRequest;
+use dvpn_common::{contract::ProvisionRequest, possession::PROVISION};
 use dvpn_core::{
     approval::{self, Approval},
     directory,
     keys::public_key,
+    possession,
 };
 
 use super::{
@@ -62,10 +63,28 @@ impl Shared {
                 .user_id()
                 .map_err(|error| unusable(&error, "check STATE_DIRECTORY, or set USER_ID"))?,
         };
+        let proof = match fallback.challenge().await {
+            Ok(Some(challenge)) => Some(possession::prove(
+                &key,
+                &challenge.public_key,
+                PROVISION,
+                token.expose(),
+            )?),
+            Ok(None) => None,
+            // The script may know a way that this daemon does not.
+            Err(error) => {
+                tracing::info!(
+                    "asking the orchestrator for a challenge: {}: the script is run without a proof",
+                    crate::run::chain(&error)
+                );
+                None
+            }
+        };
         let request = ProvisionRequest {
             user_id,
             token: token.expose().to_owned(),
             public_key: client_key,
+            proof,
             timeout_seconds: fallback.timeout().as_secs(),
         };
         let answer = fallback

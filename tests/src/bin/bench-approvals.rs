@@ -1,28 +1,37 @@
-//! Measures how fast paying clients are approved: a pool and a provider as processes of their own in one network
-//! namespace, so that loopback is all that lies between them, and clients with open TLS connections.
+//! Measures how fast paying clients are approved: a pool process, a node and clients with open TLS connections in one
+//! network namespace, so that loopback is all that lies between them.
 //!
-//! An approval is answered once the provider has the peer and said so, and the pool has put that on its disk: the time
+//! An approval is answered once the node has said that it has the peer, and the pool has put that on its disk: the time
 //! from asking to the answer holds the time to the acknowledgement. Prints a table and then `figure NAME VALUE` lines
 //! for `scripts/bench/approvals.sh`.
 //!
 //! `BENCH_STEADY` (1,000) clients come at 100 a second, whether or not the ones before them were answered; then
-//! `BENCH_CROWD` (2,500) as fast as they are served, 128 at a time.
+//! `BENCH_CROWD` (2,500) as fast as they are served, 128 at a time. The node is one that reads its stream and
+//! acknowledges, so that the pool is what is measured; `BENCH_NODE=daemon` has a provider process with its tunnel instead.
 
 use std::{
     fmt::Write as _,
     io::Write as IoWrite,
     path::Path,
     process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use dvpn_common::{
-    contract::{ApproveRequest, ChallengeResponse},
+    contract::{ApproveRequest, ChallengeResponse, RegisterResponse},
     keys::PrivateKey,
     limits::{REQUIRED_INTERVAL, REQUIRED_PRICE_USD, REQUIRED_WALLET},
 };
 use dvpn_core::{keys::public_key, possession};
+use dvpn_daemon::{
+    provider::{EchoResponder, Identity},
+    tunnel::{DEFAULT_MTU_BYTES, PeerConfig, TunnelConfig, userspace::UserspaceTunnel},
+};
 use dvpn_tests::{
     certs::Authority,
     namespace::Namespace,
@@ -32,7 +41,10 @@ use dvpn_tests::{
     world::unique_id,
 };
 use futures::StreamExt as _;
+use jiff::Timestamp;
+use reqwest::Method;
 use serde_json::{Value, json};
+use tokio_util::task::AbortOnDropHandle;
 
 /// Requests at one time while the crowd comes.
 const AT_ONCE: usize = 128;
@@ -88,13 +100,19 @@ fn measure() -> Result<String> {
     let mut machine = network.providers.pop().context("a provider's machine")?;
     machine.namespace = Namespace::open(network.pool.namespace.name())?;
     machine.address = POOL;
-    let environment = node::provider_environment(&machine, &ca).with("NODE_MAX_PEERS", "4096");
-    let provider = Daemon::spawn(&network, &machine, environment)?;
-    node::wait_until_listed(&network, &ca, 1, PATIENCE)
-        .with_context(|| format!("the pool says:\n{}", pool.log_tail()))?;
+    let provider = if std::env::var("BENCH_NODE").is_ok_and(|node| node == "daemon") {
+        let environment = node::provider_environment(&machine, &ca).with("NODE_MAX_PEERS", "4096");
+        let provider = Daemon::spawn(&network, &machine, environment)?;
+        node::wait_until_listed(&network, &ca, 1, PATIENCE)
+            .with_context(|| format!("the pool says:\n{}", pool.log_tail()))?;
+        Some(provider)
+    } else {
+        None
+    };
     let load = Load {
         base: format!("https://{POOL}:{}", node::POOL_PORT),
         provider: machine.name.clone(),
+        bare: provider.is_none(),
     };
     let answered = network.pool.namespace.run(|| -> Result<String> {
         tokio::runtime::Builder::new_current_thread()
@@ -107,7 +125,7 @@ fn measure() -> Result<String> {
         format!(
             "the pool's log ends:\n{}\nthe provider's:\n{}",
             pool.log_tail(),
-            provider.process.log_tail()
+            provider.map_or_else(String::new, |provider| provider.process.log_tail())
         )
     })
 }
@@ -116,6 +134,8 @@ fn measure() -> Result<String> {
 struct Load {
     base: String,
     provider: String,
+    /// Whether the node is ours, and no process.
+    bare: bool,
 }
 
 /// What became of one approval: how long it took, or why it was none.
@@ -132,6 +152,10 @@ impl Load {
             .timeout(PATIENCE)
             .build()
             .context("making an HTTPS client")?;
+        let node = match self.bare {
+            true => Some(BareNode::serve(client.clone(), &self.base, &self.provider).await?),
+            false => None,
+        };
         let tokens: Vec<Result<String>> = futures::stream::iter(0..steady + crowd)
             .map(|number| self.pay(&client, number))
             .buffered(AT_ONCE)
@@ -176,10 +200,15 @@ impl Load {
         if let Some(Err(why)) = outcomes.iter().find(|outcome| outcome.is_err()) {
             writeln!(text, "one that was lost: {why}")?;
         }
-        writeln!(
-            text,
-            "one dvpn-pool over TLS on loopback, one dvpn-daemon as the provider, userspace WireGuard"
-        )?;
+        let named = match &node {
+            Some(node) => {
+                let heard = node.heard();
+                lost += (steady + crowd).abs_diff(heard);
+                format!("a node that reads and acknowledges and carries nothing; it heard of {heard} clients")
+            }
+            None => "a dvpn-daemon as the node, with userspace WireGuard".to_owned(),
+        };
+        writeln!(text, "one dvpn-pool over TLS on loopback; {named}")?;
         writeln!(text, "figure approvals-per-second {rate:.0}")?;
         writeln!(text, "figure lost {lost}")?;
         writeln!(text, "figure steady-p50-ms {p50:.1}\nfigure steady-p99-ms {p99:.1}")?;
@@ -258,6 +287,142 @@ impl Load {
             self.approve(client, request, due).await
         });
         futures::future::join_all(asked).await
+    }
+}
+
+/// A node that is listed, reads its stream and acknowledges. Echo and WireGuard answer, and carry nothing.
+struct BareNode {
+    heard: Arc<AtomicUsize>,
+    _tasks: [AbortOnDropHandle<()>; 3],
+}
+
+impl BareNode {
+    /// Registers and waits until it is listed.
+    async fn serve(client: reqwest::Client, base: &str, id: &str) -> Result<Self> {
+        let private_key = PrivateKey::from_bytes(rand::random());
+        let key = public_key(&private_key)?;
+        let seed: [u8; 32] = rand::random();
+        let signed = Signed {
+            client,
+            base: base.to_owned(),
+            identity: Identity::from_seed(id.parse()?, &seed.into())?,
+        };
+        let registration = json!({
+            "node_id": id,
+            "endpoint": format!("{POOL}:{}", node::NODE_PORT),
+            "probe": format!("{POOL}:{}", node::NODE_PORT + 1),
+            "public_key": key,
+            "identity": signed.identity.key(),
+        });
+        let register = "/providers/register";
+        let answer: RegisterResponse = signed.send(Method::POST, register, &registration).await?.json().await?;
+        let prober = PeerConfig {
+            public_key: answer.prober_key.context("the pool has a prober")?,
+            endpoint: None,
+            allowed_ips: Vec::new(),
+            keepalive: None,
+        };
+        let tunnel = UserspaceTunnel::create(TunnelConfig {
+            interface: "dvpnbare0".to_owned(),
+            private_key,
+            listen_port: node::NODE_PORT,
+            fwmark: 0,
+            mtu_bytes: DEFAULT_MTU_BYTES,
+            peers: vec![prober],
+            offload: true,
+        })
+        .await?;
+        let echo = EchoResponder::bind(node::NODE_PORT + 1, &key)?;
+        let heard = Arc::new(AtomicUsize::new(0));
+        let signed = Arc::new(signed);
+        let events = signed
+            .send(Method::GET, &format!("/providers/nodes/{id}/events"), &Value::Null)
+            .await?;
+        let following = follow(
+            Arc::clone(&signed),
+            events,
+            format!("/providers/nodes/{id}/ack"),
+            Arc::clone(&heard),
+        );
+        let (listing, mut listed) = tokio::sync::watch::channel(false);
+        let beating = async move {
+            // Lives as long as the heartbeats.
+            let _tunnel = tunnel;
+            loop {
+                if let Ok(answer) = signed.send(Method::POST, register, &registration).await
+                    && let Ok(answer) = answer.json::<RegisterResponse>().await
+                {
+                    listing.send_replace(answer.listed);
+                }
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        };
+        let tasks = [
+            AbortOnDropHandle::new(tokio::spawn(echo.run())),
+            AbortOnDropHandle::new(tokio::spawn(following)),
+            AbortOnDropHandle::new(tokio::spawn(beating)),
+        ];
+        tokio::time::timeout(PATIENCE, listed.wait_for(|listed| *listed))
+            .await
+            .context("the pool does not list the node")??;
+        Ok(Self { heard, _tasks: tasks })
+    }
+
+    /// How many clients it was told of.
+    fn heard(&self) -> usize {
+        self.heard.load(Ordering::Relaxed)
+    }
+}
+
+/// Requests that the node signs.
+struct Signed {
+    client: reqwest::Client,
+    base: String,
+    identity: Identity,
+}
+
+impl Signed {
+    async fn send(&self, method: Method, path: &str, body: &Value) -> Result<reqwest::Response> {
+        let body = if body.is_null() {
+            Vec::new()
+        } else {
+            serde_json::to_vec(body)?
+        };
+        let headers = self
+            .identity
+            .sign_request(method.as_str(), path, &body, Timestamp::now());
+        let request = self.client.request(method, format!("{}{path}", self.base)).body(body);
+        let request = headers
+            .into_iter()
+            .fold(request, |request, (name, value)| request.header(name, value))
+            .timeout(Duration::from_mins(10));
+        Ok(request.send().await?.error_for_status()?)
+    }
+}
+
+/// Reads events until the stream ends; what is there is acknowledged together, by the last sequence number.
+async fn follow(signed: Arc<Signed>, events: reqwest::Response, ack: String, heard: Arc<AtomicUsize>) {
+    let mut chunks = events.bytes_stream().ready_chunks(1024);
+    let mut text = String::new();
+    while let Some(ready) = chunks.next().await {
+        for chunk in ready.into_iter().flatten() {
+            text.push_str(&String::from_utf8_lossy(&chunk));
+        }
+        let Some((whole, rest)) = text.rsplit_once("\n\n") else {
+            continue;
+        };
+        let added = whole.lines().filter(|line| line.trim_end() == "event: add").count();
+        heard.fetch_add(added, Ordering::Relaxed);
+        let last = whole
+            .lines()
+            .rev()
+            .find_map(|line| line.strip_prefix("id: ")?.trim().parse::<u64>().ok());
+        text = rest.to_owned();
+        if let Some(sequence) = last
+            && let Err(error) = signed.send(Method::POST, &ack, &json!({ "sequence": sequence })).await
+        {
+            tracing::error!("acknowledging {sequence}: {error:#}");
+        }
     }
 }
 

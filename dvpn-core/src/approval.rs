@@ -112,8 +112,8 @@ impl Approval {
             .addresses
             .clone()
             .or_else(|| answer.address.map(|address| vec![address]));
-        let signer = signer(asked, &answer)?;
-        let signed = read_signed(asked, &answer, signer.as_ref())?;
+        let pool_key = signer(asked, &answer)?;
+        let signed = read_signed(asked, &answer, pool_key.as_ref())?;
         let addresses = match (&signed, given) {
             (Some((_, fields)), Some(given)) if !same(&given, &fields.addresses) => {
                 return Err(Error::Mismatch { field: "addresses" });
@@ -132,7 +132,7 @@ impl Approval {
             from_pool: true,
             serial: signed.as_ref().map(|(_, fields)| fields.serial),
             signed: signed.map(|(signed, _)| signed),
-            signer,
+            signer: pool_key,
             lease: None,
         })
     }

@@ -95,8 +95,8 @@ impl<K: Hash + Eq + Clone> Pace<K> {
         let from = even.get(key).copied().unwrap_or(now).max(now);
         let ahead = from.saturating_duration_since(now);
         let allowed = self.step.saturating_mul(self.burst - 1);
-        if ahead > allowed {
-            return Err(ahead - allowed);
+        if let Some(wait) = ahead.checked_sub(allowed).filter(|wait| !wait.is_zero()) {
+            return Err(wait);
         }
         if !even.contains_key(key) && even.len() >= self.capacity {
             even.retain(|_, at| *at > now);

@@ -314,13 +314,13 @@ impl Pool {
                 let key = signer.ring.current().public();
                 // The key and what is signed with it change as one: nothing else is signed or told meanwhile.
                 let _order = self.changes.lock().await;
-                let signed = self.store.sign_again(signer.ring.current(), Timestamp::now()).await?;
-                let approvals = signed.as_ref().map_or(0, |signed| signed.approvals);
+                let again = self.store.sign_again(signer.ring.current(), Timestamp::now()).await?;
+                let approvals = again.as_ref().map_or(0, |again| again.approvals);
                 tracing::warn!(target: crate::AUDIT, pool_key = %key, approvals, "pool_key_rotated");
                 *self.signer.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(signer);
                 self.live.relist();
-                if let Some(signed) = signed {
-                    self.live.resync(&signed.sequences, Instant::now());
+                if let Some(again) = again {
+                    self.live.resync(&again.sequences, Instant::now());
                 }
             }
             Err(error) => tracing::error!(%error, "the pool's new key does not open; the old one goes on"),

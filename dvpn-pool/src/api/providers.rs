@@ -127,11 +127,8 @@ async fn registered(pool: &Arc<Pool>, request: Incoming) -> Result<RegisterRespo
         draining: body.draining,
         max_peers: body.max_peers,
     };
-    // A change costs a write that everything else waits for. The heartbeat that says the same again costs none.
-    if known.as_ref().is_some_and(|node| wanted.changes(node)) {
-        pool.node_changes
-            .take(&wanted.id, Instant::now())
-            .map_err(Refusal::too_many)?;
+    if let Some(known) = &known {
+        count_change(pool, known, &wanted)?;
     }
     let order = pool.changes.lock().await;
     let (node, removed) = match pool.store.register(&wanted, now).await? {
@@ -172,6 +169,16 @@ async fn registered(pool: &Arc<Pool>, request: Incoming) -> Result<RegisterRespo
         prober_key: Some(pool.prober.public()),
         reachability: Some(pool.live.reachability(&node.id)),
     })
+}
+
+/// A change costs a write that everything else waits for. The heartbeat that says the same again costs none.
+fn count_change(pool: &Pool, known: &Node, wanted: &Node) -> Result<(), Refusal> {
+    if wanted.changes(known) {
+        pool.node_changes
+            .take(&wanted.id, Instant::now())
+            .map_err(Refusal::too_many)?;
+    }
+    Ok(())
 }
 
 /// Begins to check whether the node can be reached, if that is due. The receiver changes when the check is over.

@@ -2,6 +2,8 @@
 //! together, so that the disk is waited for once a batch. Every change of a node's peers raises its sequence number in
 //! the same transaction, so the number grows across restarts and never stands for two states.
 
+use std::ops::Range;
+
 use dvpn_common::keys::PublicKey;
 use sqlx::{FromRow, Sqlite, Transaction};
 
@@ -20,20 +22,32 @@ struct Room {
     taken: bool,
 }
 
-/// A transaction under way.
-pub struct Batch(Transaction<'static, Sqlite>);
+/// Serials that are taken from the counter at one time. Those that a batch does not use are never used: they grow, and
+/// need not follow one another.
+const SERIALS: i64 = 64;
+
+/// A transaction under way. Every statement costs two hand-overs between threads, several times its own work: what can be
+/// one is one.
+pub struct Batch {
+    change: Transaction<'static, Sqlite>,
+    /// Taken from the counter and not used yet.
+    serials: Range<i64>,
+}
 
 impl Store {
     /// Begins a batch of changes. Dropped without [`Batch::commit`] it changes nothing.
     pub async fn batch(&self) -> Result<Batch, Error> {
-        self.begin().await.map(Batch)
+        Ok(Batch {
+            change: self.begin().await?,
+            serials: 0..0,
+        })
     }
 }
 
 impl Batch {
     /// Puts everything on the disk.
     pub async fn commit(self) -> Result<(), Error> {
-        commit(self.0).await
+        commit(self.change).await
     }
 
     /// Stores an approval with its serial, its address and the node's next sequence number. `sign` makes the bytes and
@@ -58,25 +72,23 @@ impl Batch {
                 None => return Ok(ApproveOutcome::NodeFull),
             },
         };
-        let removed = remove(&mut self.0, plan.evicted.into_iter().map(Held::owner).collect()).await?;
+        let removed = remove(&mut self.change, plan.evicted.into_iter().map(Held::owner).collect()).await?;
         if let Some(before) = plan.replaced {
             sqlx::query("DELETE FROM approval WHERE serial = ?")
                 .bind(before)
-                .execute(&mut *self.0)
+                .execute(&mut *self.change)
                 .await
                 .map_err(query("replace an approval"))?;
         }
-        let serial: i64 =
-            sqlx::query_scalar("UPDATE counter SET value = value + 1 WHERE name = 'serial' RETURNING value")
-                .fetch_one(&mut *self.0)
-                .await
-                .map_err(query("count an approval"))?;
+        let serial = self.next_serial().await?;
         let serial_number = u64::try_from(serial).ok().ok_or(Error::Corrupt("serial"))?;
         let (approval, signature) = sign(serial_number, host);
-        sqlx::query(
+        let sequence: i64 = sqlx::query_scalar(
             "INSERT INTO approval \
              (serial, token_hash, node_id, client_key, host, expires_at, approval, signature, renews, acknowledged) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?); \
+             UPDATE node SET sequence = sequence + 1, last_host = CASE WHEN ? THEN ? ELSE last_host END \
+             WHERE id = ? RETURNING sequence",
         )
         .bind(serial)
         .bind(wanted.token.as_slice())
@@ -88,19 +100,12 @@ impl Batch {
         .bind(signature.as_slice())
         .bind(plan.renews.as_ref().map(|key| key.as_bytes().as_slice()))
         .bind(plan.acknowledged)
-        .execute(&mut *self.0)
-        .await
-        .map_err(query("store an approval"))?;
-        let sequence: i64 = sqlx::query_scalar(
-            "UPDATE node SET sequence = sequence + 1, last_host = CASE WHEN ?1 THEN ?2 ELSE last_host END \
-             WHERE id = ?3 RETURNING sequence",
-        )
         .bind(plan.host.is_none())
         .bind(i64::from(host))
         .bind(node)
-        .fetch_one(&mut *self.0)
+        .fetch_one(&mut *self.change)
         .await
-        .map_err(query("raise a sequence number"))?;
+        .map_err(query("store an approval"))?;
         Ok(ApproveOutcome::Stored(Box::new(ApprovalRow {
             serial: serial_number,
             sequence: u64::try_from(sequence).ok().ok_or(Error::Corrupt("sequence number"))?,
@@ -114,6 +119,19 @@ impl Batch {
         })))
     }
 
+    async fn next_serial(&mut self) -> Result<i64, Error> {
+        if self.serials.is_empty() {
+            let last: i64 =
+                sqlx::query_scalar("UPDATE counter SET value = value + ? WHERE name = 'serial' RETURNING value")
+                    .bind(SERIALS)
+                    .fetch_one(&mut *self.change)
+                    .await
+                    .map_err(query("count approvals"))?;
+            self.serials = last + 1 - SERIALS..last + 1;
+        }
+        self.serials.next().ok_or(Error::Corrupt("serial"))
+    }
+
     /// The keys of the token, and whoever else has this key.
     async fn held(&mut self, wanted: &NewApproval) -> Result<Vec<Held>, Error> {
         sqlx::query_as(
@@ -124,7 +142,7 @@ impl Batch {
         .bind(wanted.token.as_slice())
         .bind(wanted.now.as_second())
         .bind(wanted.client_key.as_bytes().as_slice())
-        .fetch_all(&mut *self.0)
+        .fetch_all(&mut *self.change)
         .await
         .map_err(query("read the approvals of a token"))
     }
@@ -140,7 +158,7 @@ impl Batch {
         .bind(node.id.as_str())
         .bind(i64::from(FIRST_HOST))
         .bind(i64::from(HOSTS))
-        .fetch_one(&mut *self.0)
+        .fetch_one(&mut *self.change)
         .await
         .map_err(query("read the room of a node"))?;
         let others = room.peers.saturating_sub(ours);
@@ -164,7 +182,7 @@ impl Batch {
             .bind(node.id.as_str())
             .bind(i64::from(from))
             .bind(i64::from(FIRST_HOST + HOSTS - 1))
-            .fetch_optional(&mut *self.0)
+            .fetch_optional(&mut *self.change)
             .await
             .map_err(query("look for a free address"))?;
             if let Some(host) = gap {
@@ -174,7 +192,7 @@ impl Batch {
                 sqlx::query_scalar("SELECT 1 FROM approval WHERE node_id = ? AND renews IS NULL AND host = ?")
                     .bind(node.id.as_str())
                     .bind(i64::from(FIRST_HOST))
-                    .fetch_optional(&mut *self.0)
+                    .fetch_optional(&mut *self.change)
                     .await
                     .map_err(query("look for a free address"))?;
             if first.is_none() {
@@ -188,12 +206,20 @@ impl Batch {
     /// a while, the others now. Nothing if the approval went meanwhile.
     pub async fn acknowledge(&mut self, done: &Acknowledgement) -> Result<Option<Acknowledged>, Error> {
         let serial = number(done.serial)?;
-        let marked: Option<(Vec<u8>, Vec<u8>)> =
+        let marked: Option<(Vec<u8>, Vec<u8>)> = if done.first_use {
+            sqlx::query_as(
+                "UPDATE token SET used = 1 WHERE hash = ? AND EXISTS (SELECT 1 FROM approval WHERE serial = ?); \
+                 UPDATE approval SET acknowledged = 1 WHERE serial = ? RETURNING approval, signature",
+            )
+            .bind(done.token.as_slice())
+            .bind(serial)
+        } else {
             sqlx::query_as("UPDATE approval SET acknowledged = 1 WHERE serial = ? RETURNING approval, signature")
-                .bind(serial)
-                .fetch_optional(&mut *self.0)
-                .await
-                .map_err(query("acknowledge an approval"))?;
+        }
+        .bind(serial)
+        .fetch_optional(&mut *self.change)
+        .await
+        .map_err(query("acknowledge an approval"))?;
         let Some((approval, signature)) = marked else {
             return Ok(None);
         };
@@ -205,13 +231,6 @@ impl Batch {
                 removed,
             })
         };
-        if done.first_use {
-            sqlx::query("UPDATE token SET used = 1 WHERE hash = ?")
-                .bind(done.token.as_slice())
-                .execute(&mut *self.0)
-                .await
-                .map_err(query("mark a token as used"))?;
-        }
         if !done.others {
             return Ok(acknowledged(Vec::new()));
         }
@@ -220,7 +239,7 @@ impl Batch {
         )
         .bind(done.token.as_slice())
         .bind(serial)
-        .fetch_all(&mut *self.0)
+        .fetch_all(&mut *self.change)
         .await
         .map_err(query("read the approvals of a token"))?;
         if let Some((key, until)) = &done.supersedes
@@ -230,21 +249,21 @@ impl Batch {
             sqlx::query("UPDATE approval SET remove_at = ? WHERE serial = ? AND remove_at IS NULL")
                 .bind(until.as_second())
                 .bind(renewed.serial)
-                .execute(&mut *self.0)
+                .execute(&mut *self.change)
                 .await
                 .map_err(query("supersede an approval"))?;
         }
-        remove(&mut self.0, others).await.map(acknowledged)
+        remove(&mut self.change, others).await.map(acknowledged)
     }
 
     /// Takes one approval back.
     pub async fn withdraw(&mut self, serial: u64) -> Result<Vec<Removed>, Error> {
         let rows = sqlx::query_as("SELECT serial, node_id, client_key FROM approval WHERE serial = ?")
             .bind(number(serial)?)
-            .fetch_all(&mut *self.0)
+            .fetch_all(&mut *self.change)
             .await
             .map_err(query("read an approval"))?;
-        remove(&mut self.0, rows).await
+        remove(&mut self.change, rows).await
     }
 
     /// Marks one key's connection as over.
@@ -256,7 +275,7 @@ impl Batch {
         .bind(token.as_slice())
         .bind(node)
         .bind(key.as_bytes().as_slice())
-        .fetch_optional(&mut *self.0)
+        .fetch_optional(&mut *self.change)
         .await
         .map_err(query("look a client key up"))?;
         match row {
@@ -268,7 +287,7 @@ impl Batch {
                     node_id: node.to_owned(),
                     client_key: key.as_bytes().to_vec(),
                 };
-                let removed = remove(&mut self.0, vec![owner]).await?;
+                let removed = remove(&mut self.change, vec![owner]).await?;
                 Ok(removed
                     .into_iter()
                     .next()
@@ -277,10 +296,12 @@ impl Batch {
             Some((serial, true, false, false)) => {
                 sqlx::query("UPDATE approval SET released = 1 WHERE serial = ?")
                     .bind(serial)
-                    .execute(&mut *self.0)
+                    .execute(&mut *self.change)
                     .await
                     .map_err(query("release an approval"))?;
-                next_sequence(&mut self.0, node).await.map(ReleaseOutcome::Released)
+                next_sequence(&mut self.change, node)
+                    .await
+                    .map(ReleaseOutcome::Released)
             }
         }
     }

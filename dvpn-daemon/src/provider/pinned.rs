@@ -54,6 +54,7 @@ mod tests {
     use dvpn_core::node::Usage;
 
     use super::*;
+    use crate::provider::serials::Change;
 
     #[derive(Default)]
     struct Remembered(Mutex<Vec<VerifyingKey>>);
@@ -62,7 +63,9 @@ mod tests {
         fn pool_key(&self, key: VerifyingKey) {
             self.0.lock().unwrap().push(key);
         }
-        fn serials(&self, _: &[u8]) {}
+        fn serials(&self, _: &Change) -> bool {
+            true
+        }
         fn usage(&self, _: Usage) {}
     }
 

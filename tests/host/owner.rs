@@ -73,9 +73,12 @@ fn a_running_node_outside_its_hours_has_no_peers_and_has_them_again_when_they_be
     let admissions: Vec<String> = bed
         .events()
         .into_iter()
-        .filter_map(|event| match event {
-            Event::AdmissionChanged { admission } => Some(admission),
-            _ => None,
+        .filter_map(|event| {
+            if let Event::AdmissionChanged { admission } = event {
+                Some(admission)
+            } else {
+                None
+            }
         })
         .collect();
     let closed = admissions

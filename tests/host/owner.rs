@@ -39,7 +39,10 @@ fn a_running_node_outside_its_hours_has_no_peers_and_has_them_again_when_they_be
     };
     let running = bed.start();
     wait_until_told(&bed, false);
-    assert_eq!(bed.add(entry(&approval(key(100), key(1), "10.96.0.2/32", 1))), None);
+    let peer = entry(&approval(key(100), key(1), "10.96.0.2/32", 1));
+    assert_eq!(bed.add(peer.clone()), None);
+    // A stream that is silent for a while is opened anew, with what the pool has by then.
+    bed.pool.set_peers(vec![peer]);
     let client = bed.client(1, "wg0");
     assert!(bed.shakes(&client, SOON));
     eventually("it carries", || bed.pings("wg0", "10.96.0.2"));
@@ -70,9 +73,12 @@ fn a_running_node_outside_its_hours_has_no_peers_and_has_them_again_when_they_be
     let admissions: Vec<String> = bed
         .events()
         .into_iter()
-        .filter_map(|event| match event {
-            Event::AdmissionChanged { admission } => Some(admission),
-            _ => None,
+        .filter_map(|event| {
+            if let Event::AdmissionChanged { admission } = event {
+                Some(admission)
+            } else {
+                None
+            }
         })
         .collect();
     let closed = admissions

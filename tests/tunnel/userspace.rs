@@ -47,7 +47,8 @@ fn a_link_that_is_down_for_a_while_does_not_kill_the_tunnel() -> Result<()> {
 
 fn queue_length(side: &Side) -> Result<Option<u32>> {
     let shown = side.sh(&format!("ip -o link show {INTERFACE}"))?;
-    let mut words = shown.split_whitespace().skip_while(|word| *word != "qlen");
+    // One line: what were lines end in a backslash.
+    let mut words = shown.split([' ', '\\']).skip_while(|word| *word != "qlen");
     Ok(words.nth(1).and_then(|number| number.parse().ok()))
 }
 

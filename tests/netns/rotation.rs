@@ -12,7 +12,7 @@ use dvpn_tests::{
 
 /// Renewed at half of it.
 const APPROVAL_SECONDS: &str = "30";
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 fn context(world: &World) -> String {
     let provider = world.providers.first().map(|daemon| daemon.process.log_tail());

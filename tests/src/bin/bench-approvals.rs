@@ -152,9 +152,10 @@ impl Load {
             .timeout(PATIENCE)
             .build()
             .context("making an HTTPS client")?;
-        let node = match self.bare {
-            true => Some(BareNode::serve(client.clone(), &self.base, &self.provider).await?),
-            false => None,
+        let node = if self.bare {
+            Some(BareNode::serve(client.clone(), &self.base, &self.provider).await?)
+        } else {
+            None
         };
         let tokens: Vec<Result<String>> = futures::stream::iter(0..steady + crowd)
             .map(|number| self.pay(&client, number))
@@ -188,13 +189,13 @@ impl Load {
             .await;
         let took = start.elapsed();
         let [crowd_p50, crowd_p99, crowd_most] = percentiles(&outcomes)?;
-        let crowd_lost = failed(&outcomes);
-        let served = outcomes.len() - crowd_lost;
+        let refused = failed(&outcomes);
+        let served = outcomes.len() - refused;
         let rate = f64::from(u32::try_from(served)?) / took.as_secs_f64();
-        lost += crowd_lost;
+        lost += refused;
         writeln!(
             text,
-            "{:<34} {rate:>8.0} {crowd_lost:>6} {crowd_p50:>8.1} {crowd_p99:>8.1} {crowd_most:>8.1}",
+            "{:<34} {rate:>8.0} {refused:>6} {crowd_p50:>8.1} {crowd_p99:>8.1} {crowd_most:>8.1}",
             format!("{crowd}, {AT_ONCE} at a time")
         )?;
         if let Some(Err(why)) = outcomes.iter().find(|outcome| outcome.is_err()) {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,6 +26,7 @@ use super::{
     acks::{self, Acks},
     check_networks,
     memory::Keeper,
+    network::public_addresses,
     pinned,
     pool::{Pool, PoolEvent},
     registration::{Registration, Told, with_sources},
@@ -148,7 +149,6 @@ struct Node<'a> {
     usage: Usage,
     usage_kept: Instant,
     cap_reached: Option<Timestamp>,
-    /// When what changed since the last report is to be said.
     report_at: Option<Instant>,
     admission: watch::Sender<Admission>,
     keeper: Keeper,
@@ -231,9 +231,7 @@ impl<'a> Node<'a> {
                 }
                 () = tokio::time::sleep(look_again.unwrap_or_default()), if look_again.is_some() => self.look().await?,
                 () = tokio::time::sleep(until_expiry) => self.reconcile().await?,
-                () = tokio::time::sleep(until_report.unwrap_or(TICK)), if until_report.is_some() => {
-                    self.report(echoes())?;
-                }
+                () = tokio::time::sleep(until_report.unwrap_or(TICK)), if until_report.is_some() => self.report(echoes())?,
                 Ok(()) = drained.changed() => {
                     self.decide(Timestamp::now());
                     self.reconcile().await?;
@@ -599,17 +597,4 @@ fn now() -> Now {
         instant: Instant::now(),
         wall: Timestamp::now(),
     }
-}
-
-/// Global addresses that this node is known by.
-fn public_addresses(endpoint: Option<&str>, observed: Option<IpAddr>) -> Vec<IpAddr> {
-    let configured = endpoint.and_then(|text| text.parse::<SocketAddr>().ok());
-    let mut all: Vec<IpAddr> = configured
-        .map(|endpoint| endpoint.ip())
-        .into_iter()
-        .chain(observed)
-        .collect();
-    all.sort();
-    all.dedup();
-    all
 }

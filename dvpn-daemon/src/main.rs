@@ -3,7 +3,7 @@
 use std::{path::Path, process::ExitCode};
 
 use dvpn_daemon::{
-    run,
+    node, run,
     settings::{Arguments, DEFAULT_BPF_DIRECTORY, Task},
 };
 
@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Err(error) => return run::refuse(&error),
     };
     match arguments.task {
-        Task::Run | Task::Simulate { .. } => run::serve(arguments, config),
+        Task::Run | Task::Simulate { .. } => run::serve(arguments, config, node::device()),
         Task::CheckConfig => run::print("the configuration is good"),
         Task::Cleanup => run::cleanup(&config.bpf_directory),
     }

@@ -26,7 +26,7 @@ use crate::{
     audit::Audit,
     host::Host,
     http,
-    provider::{self, Change, Memory, ProviderConfig, ProviderStatus, Serials},
+    provider::{self, Change, Memory, ProviderConfig, ProviderStatus, Serials, TunnelFactory},
     state::{self, State},
     tunnel,
 };
@@ -61,6 +61,11 @@ pub enum Error {
     Http(#[from] http::Error),
 }
 
+/// Makes this machine's WireGuard devices.
+pub fn device() -> TunnelFactory {
+    Arc::new(|config| Box::pin(tunnel::create(config)))
+}
+
 /// The provider side, running.
 pub struct Node {
     /// Under which id.
@@ -74,7 +79,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts it; opens two sealed keys first, which takes a moment.
+    /// Starts it, on devices from `device`; opens two sealed keys first, which takes a moment.
     pub async fn start(
         config: &Arc<Config>,
         state: &State,
@@ -82,6 +87,7 @@ impl Node {
         client: &http::Client,
         audit: &Audit,
         drained: watch::Receiver<bool>,
+        device: TunnelFactory,
     ) -> Result<Self, Error> {
         if !config.node.accept_terms {
             return Err(Error::Terms);
@@ -112,6 +118,7 @@ impl Node {
             audit: audit.clone(),
             status,
             drained,
+            device,
         };
         let end = CancellationToken::new();
         let task = tokio::spawn(serve(plan, end.clone()));
@@ -148,6 +155,7 @@ struct Plan {
     audit: Audit,
     status: watch::Sender<ProviderStatus>,
     drained: watch::Receiver<bool>,
+    device: TunnelFactory,
 }
 
 /// The state directory, as a provider remembers in it.
@@ -226,7 +234,7 @@ impl Plan {
             drained: self.drained.clone(),
             http: self.http.clone(),
             host: self.host.clone(),
-            tunnel: Arc::new(|config| Box::pin(tunnel::create(config))),
+            tunnel: Arc::clone(&self.device),
             resolvers: Vec::<SocketAddr>::new(),
             audit: Arc::new(move |event| events.record(&event)),
             status: self.status.clone(),

@@ -32,7 +32,7 @@ use crate::{
     http::{self, Payment, Pool},
     logs::{self, Tail},
     node::{self, Node},
-    provider::ProviderStatus,
+    provider::{ProviderStatus, TunnelFactory},
     settings::{self, Arguments, EXIT_CONFIG},
     socks5,
     state::{Lock, State},
@@ -138,8 +138,8 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("starting the runtime")
 }
 
-/// Runs the service.
-pub fn serve(arguments: Arguments, config: Config) -> ExitCode {
+/// Runs the service; a provider's device comes from `device`.
+pub fn serve(arguments: Arguments, config: Config, device: TunnelFactory) -> ExitCode {
     let tail = match logs::init(&config.log) {
         Ok(tail) => tail,
         Err(error) => return complain(&error),
@@ -149,7 +149,7 @@ pub fn serve(arguments: Arguments, config: Config) -> ExitCode {
         Err(error) => return complain(&format!("{error:#}")),
     };
     raise_descriptor_limit();
-    let ended = runtime.block_on(service(arguments, config, tail));
+    let ended = runtime.block_on(service(arguments, config, tail, device));
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     match ended {
         Ok(Ended::Exit | Ended::Terminated) => ExitCode::SUCCESS,
@@ -169,7 +169,7 @@ fn raise_descriptor_limit() {
     }
 }
 
-async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Result<Ended> {
+async fn service(arguments: Arguments, config: Config, tail: Tail, device: TunnelFactory) -> anyhow::Result<Ended> {
     let config = Arc::new(config);
     let terminated = terminated()?;
     let (seed, run) = (random::<32>()?, random::<8>()?);
@@ -247,7 +247,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail) -> anyhow::Re
         &host,
         &client,
         &audit,
-        side.drain.subscribe(),
+        (side.drain.subscribe(), device),
         (node_view, &provider_seen),
     )
     .await;
@@ -320,7 +320,7 @@ async fn start_node(
     host: &Host,
     client: &http::Client,
     audit: &Audit,
-    drained: watch::Receiver<bool>,
+    (drained, device): (watch::Receiver<bool>, TunnelFactory),
     (view, seen): (
         watch::Sender<Option<NodeStatus>>,
         &OnceLock<watch::Receiver<ProviderStatus>>,
@@ -339,7 +339,7 @@ async fn start_node(
     if !config.node.register {
         return None;
     }
-    match Node::start(config, state, host, client, audit, drained).await {
+    match Node::start(config, state, host, client, audit, drained, device).await {
         Ok(node) => {
             // Set once: there is one node in a daemon's life.
             drop(seen.set(node.status.clone()));

@@ -13,6 +13,7 @@
 //! | `owner` | a provider's hours and its month's volume, over crashes too |
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
+//! | `kills` | pool, provider and client killed at random points of everything they do together |
 //! | `renewal` | a fresh key under a running tunnel, without a lost packet |
 //! | `rotation` | the pool changes its key under a running tunnel |
 //! | `hostile` | a pool that turns hostile |
@@ -26,6 +27,7 @@ mod failover;
 mod fallback;
 mod footprint;
 mod hostile;
+mod kills;
 mod lab;
 mod leaks;
 mod owner;

@@ -17,6 +17,7 @@
 //! | [`socks`] | a small SOCKS5 client |
 //! | [`snapshot`] | the network side of a machine as text |
 //! | [`capture`] | packet capture with a predicate |
+//! | [`window`] | which peers a provider's device really has |
 //! | [`sweep`] | removes what a crashed run left |
 
 pub mod bus;
@@ -35,5 +36,6 @@ pub mod socks;
 pub mod sweep;
 mod sys;
 pub mod web;
+pub mod window;
 pub mod wire;
 pub mod world;

@@ -1,4 +1,6 @@
-//! Whether the inner networks that a pool names may be put on this machine.
+//! Whether the inner networks that a pool names may be put on this machine, and what it is known by outside.
+
+use std::net::{IpAddr, SocketAddr};
 
 use ipnetwork::IpNetwork;
 
@@ -65,6 +67,19 @@ pub fn check_networks(networks: &[IpNetwork], on_link: &[IpNetwork]) -> Result<(
 
 fn overlap(one: &IpNetwork, other: &IpNetwork) -> bool {
     one.is_ipv4() == other.is_ipv4() && (one.contains(other.network()) || other.contains(one.network()))
+}
+
+/// Global addresses that this node is known by.
+pub(super) fn public_addresses(endpoint: Option<&str>, observed: Option<IpAddr>) -> Vec<IpAddr> {
+    let configured = endpoint.and_then(|text| text.parse::<SocketAddr>().ok());
+    let mut all: Vec<IpAddr> = configured
+        .map(|endpoint| endpoint.ip())
+        .into_iter()
+        .chain(observed)
+        .collect();
+    all.sort();
+    all.dedup();
+    all
 }
 
 #[cfg(test)]

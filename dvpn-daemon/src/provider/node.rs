@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,6 +26,7 @@ use super::{
     acks::{self, Acks},
     check_networks,
     memory::Keeper,
+    network::public_addresses,
     pinned,
     pool::{Pool, PoolEvent},
     registration::{Registration, Told, with_sources},
@@ -42,6 +43,8 @@ use crate::{
 
 /// Peers are compared with what should be at least this often.
 const TICK: Duration = Duration::from_secs(5);
+/// What this node says of itself follows a change of its clients within this: reading the counters of all is not free.
+const REPORT_WITHIN: Duration = Duration::from_millis(500);
 /// How often the month's volume is kept.
 const KEEP_USAGE_EVERY: Duration = Duration::from_secs(20);
 
@@ -146,6 +149,7 @@ struct Node<'a> {
     usage: Usage,
     usage_kept: Instant,
     cap_reached: Option<Timestamp>,
+    report_at: Option<Instant>,
     admission: watch::Sender<Admission>,
     keeper: Keeper,
     acks: Acks,
@@ -176,6 +180,7 @@ impl<'a> Node<'a> {
             usage: config.usage.unwrap_or(empty),
             usage_kept: Instant::now(),
             cap_reached: None,
+            report_at: None,
             admission: watch::Sender::new(Admission::Open),
             keeper: Keeper::spawn(Arc::clone(&config.memory)),
             acks,
@@ -207,6 +212,7 @@ impl<'a> Node<'a> {
                     .min(TICK)
             });
             let look_again = self.roster.watches(Instant::now());
+            let until_report = self.report_at.map(|at| at.saturating_duration_since(Instant::now()));
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 reason = self.tunnel.died() => return Err(Error::TunnelDied(reason)),
@@ -225,6 +231,7 @@ impl<'a> Node<'a> {
                 }
                 () = tokio::time::sleep(look_again.unwrap_or_default()), if look_again.is_some() => self.look().await?,
                 () = tokio::time::sleep(until_expiry) => self.reconcile().await?,
+                () = tokio::time::sleep(until_report.unwrap_or(TICK)), if until_report.is_some() => self.report(echoes())?,
                 Ok(()) = drained.changed() => {
                     self.decide(Timestamp::now());
                     self.reconcile().await?;
@@ -270,6 +277,7 @@ impl<'a> Node<'a> {
             }
             Arrival::Event(PoolEvent::Released(released)) => {
                 self.roster.release(&released.public_key, Instant::now());
+                self.report_soon();
                 if let Some(peer) = self.numbers.known(&released.public_key) {
                     (self.config.audit)(Event::PeerReleased { peer });
                 }
@@ -470,7 +478,14 @@ impl<'a> Node<'a> {
         }
         self.record(&plan);
         self.roster.applied(&plan);
+        if plan != Plan::default() {
+            self.report_soon();
+        }
         Ok(())
+    }
+
+    fn report_soon(&mut self) {
+        self.report_at.get_or_insert_with(|| Instant::now() + REPORT_WITHIN);
     }
 
     fn record(&mut self, plan: &Plan) {
@@ -497,6 +512,7 @@ impl<'a> Node<'a> {
     }
 
     fn report(&mut self, echoes: u64) -> Result<(), Error> {
+        self.report_at = None;
         let refused = self.config.host.provider_counters().map_err(Error::Host)?;
         // An empty answer is a table that is not there. No peer without isolation: down, and up again with it.
         if !self.networks.is_empty() && refused.is_empty() {
@@ -581,17 +597,4 @@ fn now() -> Now {
         instant: Instant::now(),
         wall: Timestamp::now(),
     }
-}
-
-/// Global addresses that this node is known by.
-fn public_addresses(endpoint: Option<&str>, observed: Option<IpAddr>) -> Vec<IpAddr> {
-    let configured = endpoint.and_then(|text| text.parse::<SocketAddr>().ok());
-    let mut all: Vec<IpAddr> = configured
-        .map(|endpoint| endpoint.ip())
-        .into_iter()
-        .chain(observed)
-        .collect();
-    all.sort();
-    all.dedup();
-    all
 }

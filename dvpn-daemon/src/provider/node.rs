@@ -1,5 +1,7 @@
 //! The provider's one loop: what the pool says, what the owner allows and what time takes, carried out on the tunnel.
 
+mod arrivals;
+
 use std::{
     collections::BTreeSet,
     net::IpAddr,
@@ -28,7 +30,7 @@ use super::{
     memory::Keeper,
     network::public_addresses,
     pinned,
-    pool::{Pool, PoolEvent},
+    pool::Pool,
     registration::{Registration, Told, with_sources},
     roster::{Plan, Roster},
     status::{Event, Numbers},
@@ -41,6 +43,8 @@ use crate::{
     tunnel::{DEFAULT_MTU_BYTES, PeerStats, Tunnel, TunnelConfig},
 };
 
+/// Changes that are carried out together at most.
+const MAX_AT_ONCE: usize = 256;
 /// Peers are compared with what should be at least this often.
 const TICK: Duration = Duration::from_secs(5);
 /// What this node says of itself follows a change of its clients within this: reading the counters of all is not free.
@@ -96,7 +100,7 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
     };
     let echo_task = AbortOnDropHandle::new(tokio::spawn(echo.run()));
     let registration_task = AbortOnDropHandle::new(tokio::spawn(registration().run()));
-    let (arrivals, mut arriving) = mpsc::channel(64);
+    let (arrivals, mut arriving) = mpsc::channel(MAX_AT_ONCE);
     let stream_task = {
         let (pool, mut key) = (pool.clone(), pool_key_seen.clone());
         AbortOnDropHandle::new(tokio::spawn(async move {
@@ -205,6 +209,7 @@ impl<'a> Node<'a> {
         self.volume.begin(left);
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut arrived = Vec::new();
         loop {
             let until_expiry = self.roster.next_expiry().map_or(TICK, |at| {
                 Duration::try_from(at.duration_since(Timestamp::now()))
@@ -216,10 +221,11 @@ impl<'a> Node<'a> {
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 reason = self.tunnel.died() => return Err(Error::TunnelDied(reason)),
-                Some(arrival) = arriving.recv() => {
+                1.. = arriving.recv_many(&mut arrived, MAX_AT_ONCE) => {
                     let key = *pool_key.borrow_and_update();
+                    let arrived = std::mem::take(&mut arrived);
                     if let Some(key) = key {
-                        self.arrived(arrival, key).await?;
+                        self.arrived(arrived, key).await?;
                     }
                 }
                 Ok(()) = told.changed() => {
@@ -241,49 +247,6 @@ impl<'a> Node<'a> {
                     self.reconcile().await?;
                     self.report(echoes())?;
                 }
-            }
-        }
-    }
-
-    async fn arrived(&mut self, arrival: Arrival, pool_key: VerifyingKey) -> Result<(), Error> {
-        match arrival {
-            Arrival::Connected => {
-                self.config.status.send_modify(|status| status.connected = true);
-                Ok(())
-            }
-            Arrival::Lost(problem) => {
-                self.config.status.send_modify(|status| {
-                    status.connected = false;
-                    status.problem = Some(problem);
-                });
-                Ok(())
-            }
-            Arrival::Event(PoolEvent::Snapshot(snapshot)) => match self.follow_key(&snapshot, pool_key) {
-                Ok(pool_key) => self.replace(&snapshot, pool_key).await,
-                Err(reason) => self.keep_only(&snapshot, &reason).await,
-            },
-            Arrival::Event(PoolEvent::Added(added)) => {
-                let ground = self.ground(pool_key);
-                let refused = self.roster.add(&added.peer, &ground, now()).err();
-                self.settle(refused.as_slice()).await?;
-                self.acks.one(added.sequence, &added.peer.public_key, refused);
-                Ok(())
-            }
-            Arrival::Event(PoolEvent::Removed(removed)) => {
-                self.roster.remove(&removed.public_key);
-                self.settle(&[]).await?;
-                self.acks.one(removed.sequence, &removed.public_key, None);
-                Ok(())
-            }
-            Arrival::Event(PoolEvent::Released(released)) => {
-                self.roster.release(&released.public_key, Instant::now());
-                self.report_soon();
-                if let Some(peer) = self.numbers.known(&released.public_key) {
-                    (self.config.audit)(Event::PeerReleased { peer });
-                }
-                self.settle(&[]).await?;
-                self.acks.one(released.sequence, &released.public_key, None);
-                Ok(())
             }
         }
     }
@@ -429,24 +392,6 @@ impl<'a> Node<'a> {
                 self.config.status.send_modify(|status| status.problem = Some(problem));
             }
         }
-    }
-
-    /// Carries out what was decided, before the pool hears of it.
-    async fn settle(&mut self, refused: &[RefusedPeer]) -> Result<(), Error> {
-        // Before anybody is a peer by them: a crash must not forget what they replaced.
-        if let Some(change) = self.roster.changed_serials()
-            && !self.keeper.serials(change).await
-        {
-            self.roster.serials_not_kept();
-        }
-        self.reconcile().await?;
-        for peer in refused {
-            tracing::warn!("a client was refused: {}", peer.reason);
-            (self.config.audit)(Event::PeerRefused {
-                reason: peer.reason.clone(),
-            });
-        }
-        Ok(())
     }
 
     /// Whether a renewal has shaken hands.

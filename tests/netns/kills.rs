@@ -60,7 +60,7 @@ impl Report {
 }
 
 fn rounds() -> usize {
-    if std::env::var_os("DVPN_CI_LONG").is_some() {
+    if std::env::var_os("DVPN_SOAK").is_some() {
         100
     } else {
         10

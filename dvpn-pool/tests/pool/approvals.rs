@@ -145,11 +145,7 @@ async fn an_approval_ends_with_the_subscription_and_the_node_is_told() {
 #[tokio::test]
 async fn without_an_acknowledgement_there_is_no_approval_and_no_peer() {
     let pool = TestPool::start(|config| config.timing.ack_timeout = Duration::from_millis(300)).await;
-    let node = TestNode::new(&pool.access, "node-a", 1).await;
-    node.register().await;
-    let mut events = node.open_stream().await;
-    next(&mut events).await;
-    node.register_until_listed().await;
+    let (node, mut events) = TestNode::by_hand(&pool.access, "node-a", 1).await;
     let token = pool.access.pay("user").await;
     let (status, error) = refusal(pool.access.approve("node-a", &token, client_key(1)).await).await;
     assert_eq!(status, 503);
@@ -180,11 +176,7 @@ async fn without_an_acknowledgement_there_is_no_approval_and_no_peer() {
 #[tokio::test]
 async fn a_peer_that_the_node_refuses_is_withdrawn() {
     let pool = TestPool::start(|_| {}).await;
-    let node = TestNode::new(&pool.access, "node-a", 1).await;
-    node.register().await;
-    let mut events = node.open_stream().await;
-    next(&mut events).await;
-    node.register_until_listed().await;
+    let (node, mut events) = TestNode::by_hand(&pool.access, "node-a", 1).await;
     let token = pool.access.pay("user").await;
     let asking = pool.access.approve("node-a", &token, client_key(1));
     let refusing = async {
@@ -251,11 +243,7 @@ async fn asking_again_for_a_key_keeps_the_addresses_and_raises_the_serial() {
 #[tokio::test]
 async fn asking_again_without_an_acknowledgement_keeps_the_peer() {
     let pool = TestPool::start(|config| config.timing.ack_timeout = Duration::from_millis(300)).await;
-    let node = TestNode::new(&pool.access, "node-a", 1).await;
-    node.register().await;
-    let mut events = node.open_stream().await;
-    next(&mut events).await;
-    node.register_until_listed().await;
+    let (node, mut events) = TestNode::by_hand(&pool.access, "node-a", 1).await;
     let token = pool.access.pay("user").await;
     let answering = async {
         let added = next(&mut events).await;

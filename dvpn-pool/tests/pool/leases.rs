@@ -26,13 +26,7 @@ async fn pool(life: Duration) -> (TestPool, ServingNode, ServingNode) {
     let listed = TestNode::new(&pool.access, "node-a", 1).await.serve().await;
     let standby = TestNode::new(&pool.access, "node-s", 2).await.serve().await;
     pool.access.wait_for_list(&["node-a", "node-s"]).await;
-    assert!(
-        pool.store()
-            .await
-            .set_standby(&"node-s".parse().unwrap(), true)
-            .await
-            .unwrap()
-    );
+    assert!(set_standby(&pool, "node-s", true).await);
     pool.access.wait_for_list(&["node-a"]).await;
     (pool, listed, standby)
 }
@@ -81,6 +75,12 @@ async fn lease(access: &Access, method: reqwest::Method, id: &str, token: Option
         request = request.bearer_auth(token);
     }
     request.send().await.unwrap()
+}
+
+/// Whether there is such a node.
+async fn set_standby(pool: &TestPool, id: &str, standby: bool) -> bool {
+    let store = pool.store().await;
+    store.set_standby(&id.parse().unwrap(), standby).await.unwrap()
 }
 
 #[tokio::test]
@@ -247,18 +247,8 @@ async fn a_renewal_that_meets_an_approval_of_its_token_takes_nothing_from_it() {
     .await;
     let access = &pool.access;
     let standby = TestNode::new(access, "node-s", 2).await.serve().await;
-    let slow = TestNode::new(access, "node-a", 1).await;
-    slow.register().await;
-    let mut events = slow.open_stream().await;
-    next(&mut events).await;
-    slow.register_until_listed().await;
-    assert!(
-        pool.store()
-            .await
-            .set_standby(&"node-s".parse().unwrap(), true)
-            .await
-            .unwrap()
-    );
+    let (slow, mut events) = TestNode::by_hand(access, "node-a", 1).await;
+    assert!(set_standby(&pool, "node-s", true).await);
     access.wait_for_list(&["node-a"]).await;
     let token = access.pay("user").await;
     let id = provisioned(access, &token, client_key(1)).await.lease_id.unwrap();
@@ -328,24 +318,11 @@ async fn without_a_standby_or_the_option_there_is_nothing_to_lend() {
     let (pool, _listed, _standby) = pool(LIFE).await;
     let access = &pool.access;
     let token = access.pay("user").await;
-    assert!(
-        pool.store()
-            .await
-            .set_standby(&"node-s".parse().unwrap(), false)
-            .await
-            .unwrap()
-    );
+    assert!(set_standby(&pool, "node-s", false).await);
     access.wait_for_list(&["node-a", "node-s"]).await;
     let (status, error) = refusal(provision(access, &token, client_key(1)).await).await;
     assert_eq!(status, 503, "{error}");
-    assert!(
-        !pool
-            .store()
-            .await
-            .set_standby(&"node-x".parse().unwrap(), true)
-            .await
-            .unwrap()
-    );
+    assert!(!set_standby(&pool, "node-x", true).await);
 
     let plain = TestPool::start(|_| {}).await;
     assert_eq!(

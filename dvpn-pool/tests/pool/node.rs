@@ -225,6 +225,16 @@ impl TestNode {
         receiver
     }
 
+    /// Registered and listed, with its stream, behind the first snapshot, in the caller's hands: nobody else answers for it.
+    pub async fn by_hand(access: &Access, id: &str, number: u8) -> (Self, mpsc::Receiver<Seen>) {
+        let node = Self::new(access, id, number).await;
+        node.register().await;
+        let mut events = node.open_stream().await;
+        next(&mut events).await;
+        node.register_until_listed().await;
+        (node, events)
+    }
+
     pub async fn ack(&self, sequence: u64, refused: Vec<RefusedPeer>) -> reqwest::Response {
         let body = serde_json::to_value(Ack { sequence, refused }).unwrap();
         self.post(&format!("/providers/nodes/{}/ack", self.id), &body).await

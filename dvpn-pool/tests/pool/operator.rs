@@ -340,11 +340,7 @@ fn is_signed_by_old(peer: &PeerEntry, key: &VerifyingKey) -> bool {
 #[tokio::test]
 async fn an_approval_under_way_while_the_key_changes_is_given_under_the_new_key() {
     let pool = TestPool::start(|config| config.timing.ack_timeout = DEADLINE).await;
-    let node = TestNode::new(&pool.access, "node-a", 1).await;
-    node.register().await;
-    let mut events = node.open_stream().await;
-    next(&mut events).await;
-    node.register_until_listed().await;
+    let (node, mut events) = TestNode::by_hand(&pool.access, "node-a", 1).await;
     let token = pool.access.pay("user").await;
     let approving = pool.access.approve("node-a", &token, client_key(1));
     let serving = async {

@@ -153,11 +153,7 @@ async fn a_renewal_that_is_not_acknowledged_leaves_the_old_key_as_it_was() {
         config.timing.renewal_grace = Duration::from_secs(1);
     })
     .await;
-    let node = TestNode::new(&pool.access, "node-a", 1).await;
-    node.register().await;
-    let mut events = node.open_stream().await;
-    next(&mut events).await;
-    node.register_until_listed().await;
+    let (node, mut events) = TestNode::by_hand(&pool.access, "node-a", 1).await;
     let token = pool.access.pay("user").await;
     let (old, new) = (client_key(1), client_key(2));
     let answering = async {

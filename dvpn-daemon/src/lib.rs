@@ -17,6 +17,7 @@
 
 pub mod audit;
 pub mod control;
+pub mod control_plane;
 pub mod driver;
 pub mod ebpf;
 pub mod fallback;
@@ -26,6 +27,7 @@ pub mod logs;
 pub mod node;
 pub mod probe;
 pub mod provider;
+mod race;
 pub mod resolve;
 pub mod run;
 pub mod settings;

@@ -1,5 +1,5 @@
-//! Name resolution through the tunnel: every query leaves by a socket bound to the tunnel's interface and address, or
-//! not at all. Neither /etc/hosts nor resolv.conf is read.
+//! Name resolution by sockets of our own making: through the tunnel, or beside it with our mark. No other way is tried,
+//! and neither /etc/hosts nor resolv.conf is read.
 
 use std::{
     fmt, io,
@@ -23,7 +23,17 @@ use tokio::{
     time::{Instant, sleep_until, timeout, timeout_at},
 };
 
-use crate::socks5::Binding;
+/// Makes a resolver's sockets: they decide which way its questions go.
+pub trait Sockets: Clone + Send + Sync + Unpin + 'static {
+    /// Whether they carry IPv4.
+    fn carries_v4(&self) -> bool;
+    /// Whether they carry IPv6.
+    fn carries_v6(&self) -> bool;
+    /// Connects. The caller limits the time.
+    fn connect(&self, to: SocketAddr) -> impl Future<Output = io::Result<TcpStream>> + Send;
+    /// A UDP socket of the family of `to`, on this port (0 takes any).
+    fn udp(&self, to: IpAddr, port: u16) -> io::Result<UdpSocket>;
+}
 
 /// Answers kept.
 const CACHED_ANSWERS: u64 = 256;
@@ -47,7 +57,7 @@ const MAX_ADDRESSES: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The pool named no server and neither did the user.
-    #[error("no name server inside the tunnel: set TUNNEL_DNS")]
+    #[error("no name server is known: set TUNNEL_DNS, or see to the network's own")]
     NoServer,
     /// The resolver could not be made.
     #[error("setting up name resolution: this is a defect, please report it")]
@@ -57,7 +67,7 @@ pub enum Error {
         source: NetError,
     },
     /// No answer, or none with an address of a family the tunnel carries. The name is not repeated here: it is private.
-    #[error("the name does not resolve through the tunnel: check it, or set TUNNEL_DNS to another server")]
+    #[error("the name does not resolve: check it, or set TUNNEL_DNS to another server")]
     Lookup {
         /// Why.
         #[source]
@@ -65,17 +75,17 @@ pub enum Error {
     },
 }
 
-/// A resolver on one tunnel. Clones share its cache.
+/// A resolver that goes one way. Clones share its cache.
 #[derive(Clone)]
-pub struct Resolver(Option<Inner>);
+pub struct Resolver<S: Sockets>(Option<Inner<S>>);
 
 #[derive(Clone)]
-struct Inner {
-    hickory: Hickory<Bound>,
-    binding: Binding,
+struct Inner<S: Sockets> {
+    hickory: Hickory<Bound<S>>,
+    sockets: S,
 }
 
-impl fmt::Debug for Resolver {
+impl<S: Sockets> fmt::Debug for Resolver<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.0.is_some() {
             "Resolver"
@@ -85,12 +95,16 @@ impl fmt::Debug for Resolver {
     }
 }
 
-impl Resolver {
-    /// On this tunnel, asking these servers in this order; without one, every name fails and addresses still work.
-    pub fn new(binding: &Binding, servers: &[SocketAddr]) -> Result<Self, Error> {
+impl<S: Sockets> Resolver<S> {
+    /// By these sockets, asking these servers in this order; without one, every name fails and addresses still work.
+    pub fn new(sockets: &S, servers: &[SocketAddr]) -> Result<Self, Error> {
+        let carries = |server: &SocketAddr| match server {
+            SocketAddr::V4(_) => sockets.carries_v4(),
+            SocketAddr::V6(_) => sockets.carries_v6(),
+        };
         let servers: Vec<_> = servers
             .iter()
-            .filter(|server| binding.carries(server.ip()))
+            .filter(|server| carries(server))
             .map(|server| name_server(*server))
             .collect();
         if servers.is_empty() {
@@ -109,7 +123,7 @@ impl Resolver {
         let hickory = Hickory::builder_with_config(
             config,
             Bound {
-                binding: binding.clone(),
+                sockets: sockets.clone(),
                 handle: TokioHandle::default(),
             },
         )
@@ -118,11 +132,11 @@ impl Resolver {
         .map_err(|source| Error::Setup { source })?;
         Ok(Self(Some(Inner {
             hickory,
-            binding: binding.clone(),
+            sockets: sockets.clone(),
         })))
     }
 
-    /// Addresses of a name, of the families the tunnel carries, first families taking turns (RFC 8305, section 4). At
+    /// Addresses of a name, of the families the sockets carry, first families taking turns (RFC 8305, section 4). At
     /// most eight, at least one.
     pub async fn resolve(&self, name: &str) -> Result<Vec<IpAddr>, Error> {
         let Some(inner) = &self.0 else {
@@ -132,7 +146,7 @@ impl Resolver {
         let mut name = Name::from_utf8(name).map_err(|source| lookup_error(source.into()))?;
         // No search list is ever tried.
         name.set_fqdn(true);
-        let mut addresses = match (inner.binding.carries_v6(), inner.binding.carries_v4()) {
+        let mut addresses = match (inner.sockets.carries_v6(), inner.sockets.carries_v4()) {
             (true, true) => {
                 let v6 = inner.persist(&name, RecordType::AAAA);
                 let v4 = inner.persist(&name, RecordType::A);
@@ -150,7 +164,7 @@ impl Resolver {
     }
 }
 
-impl Inner {
+impl<S: Sockets> Inner<S> {
     /// Asks until there is an answer, be it that there is none such, or [`LOOKUP_TIMEOUT`] is over. At least one
     /// address.
     async fn persist(&self, name: &Name, kind: RecordType) -> Result<Vec<IpAddr>, NetError> {
@@ -236,16 +250,16 @@ fn name_server(server: SocketAddr) -> NameServerConfig {
     NameServerConfig::new(server.ip(), true, connections)
 }
 
-/// Makes the resolver's sockets; all of them bound to the tunnel.
+/// The sockets as the library wants them.
 #[derive(Clone)]
-struct Bound {
-    binding: Binding,
+struct Bound<S> {
+    sockets: S,
     handle: TokioHandle,
 }
 
 type IoFuture<T> = Pin<Box<dyn Future<Output = io::Result<T>> + Send>>;
 
-impl RuntimeProvider for Bound {
+impl<S: Sockets> RuntimeProvider for Bound<S> {
     type Handle = TokioHandle;
     type Timer = TokioTime;
     type Udp = UdpSocket;
@@ -256,9 +270,9 @@ impl RuntimeProvider for Bound {
     }
 
     fn connect_tcp(&self, server: SocketAddr, _: Option<SocketAddr>, wait: Option<Duration>) -> IoFuture<Self::Tcp> {
-        let binding = self.binding.clone();
+        let sockets = self.sockets.clone();
         Box::pin(async move {
-            let connect = binding.connect(server);
+            let connect = sockets.connect(server);
             timeout(wait.unwrap_or(CONNECT_TIMEOUT), connect)
                 .await?
                 .map(AsyncIoTokioAsStd)
@@ -267,7 +281,7 @@ impl RuntimeProvider for Bound {
 
     fn bind_udp(&self, local: SocketAddr, server: SocketAddr) -> IoFuture<Self::Udp> {
         // The address asked for is the unspecified one; only its random port is kept.
-        let socket = self.binding.udp(server.ip(), local.port());
+        let socket = self.sockets.udp(server.ip(), local.port());
         Box::pin(async move { socket })
     }
 }
@@ -282,6 +296,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::socks5::Binding;
 
     #[test]
     fn families_take_turns() {
@@ -329,7 +344,7 @@ mod tests {
         message
     }
 
-    fn resolver(server: SocketAddr) -> Resolver {
+    fn resolver(server: SocketAddr) -> Resolver<Binding> {
         let inner = [IpAddr::V4(Ipv4Addr::LOCALHOST), "::1".parse().unwrap()];
         Resolver::new(&Binding::new("lo", &inner), &[server]).unwrap()
     }

@@ -11,7 +11,11 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 use dvpn_common::status::{NodeStatus, Problem};
-use dvpn_core::{audit::Event, config::Config, session::Restored};
+use dvpn_core::{
+    audit::Event,
+    config::{Config, Mode},
+    session::Restored,
+};
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -26,9 +30,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     audit::Audit,
     control::{self, Control, metrics::Metrics, payments::Payments},
+    control_plane::{self, ControlPlane},
     driver::{Driver, Ended, Parts, Views, Watchdog},
     ebpf,
-    host::Host,
+    host::{DeviceConfig, Host},
     http::{self, Payment, Pool},
     logs::{self, Tail},
     node::{self, Node},
@@ -183,8 +188,10 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     let state = State::open(&config.state_directory, config.token_passphrase.as_ref())?;
     let host = Arc::new(Host::open()?);
     let metrics = Metrics::new().context("registering the metrics")?;
+    let control_plane = device_mode(&config, &host, &state).await;
     let client = http::Client::new(http::Options {
         ca_file: config.ssl_cert_file.clone(),
+        control_plane: control_plane.clone(),
     });
     let payment = config
         .payment_api_url
@@ -257,6 +264,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         config,
         state,
         host,
+        control_plane,
         pool,
         payment,
         own_node,
@@ -274,6 +282,26 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     }
     leave(bus).await;
     Ok(ended)
+}
+
+/// Prepares device mode, if it is configured: how connections of our own go beside the tunnel.
+async fn device_mode(config: &Config, host: &Arc<Host>, state: &State) -> Option<ControlPlane> {
+    if config.tunnel.mode != Mode::Device {
+        return None;
+    }
+    let served = if config.node.register {
+        vec![config.node.port, config.node.probe_port]
+    } else {
+        Vec::new()
+    };
+    host.device_mode(DeviceConfig {
+        allow_lan: config.tunnel.allow_lan,
+        inbound: config.tunnel.allow_inbound.clone(),
+        served,
+    })
+    .await;
+    let servers = Arc::new(control_plane::servers_of_resolv_conf);
+    Some(ControlPlane::new(Arc::clone(host), state.clone(), servers))
 }
 
 /// Bytes from the operating system's generator.

@@ -9,8 +9,9 @@ mod lock;
 mod sealer;
 
 use std::{
+    collections::BTreeMap,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -38,6 +39,7 @@ const POOL_RECORD: &str = "pool";
 const SERIALS: &str = "serials";
 const USAGE: &str = "node-usage";
 const CHECKOUT: &str = "checkout";
+const NAMES: &str = "names";
 const SEALING_KEY: &str = "sealing.key";
 
 /// Why something was not stored or not read.
@@ -240,6 +242,38 @@ impl State {
     /// The endpoint used last. One that does not read is no loss.
     pub fn last_endpoint(&self) -> Option<SocketAddr> {
         self.text(LAST_ENDPOINT).ok().flatten()?.parse().ok()
+    }
+
+    /// Where something of this name is in the state directory.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.inner.files.path(name)
+    }
+
+    /// The last addresses of the control plane's names. What does not read is no loss.
+    pub fn names(&self) -> BTreeMap<String, Vec<IpAddr>> {
+        let text = self.text(NAMES).ok().flatten().unwrap_or_default();
+        text.lines()
+            .filter_map(|line| {
+                let mut words = line.split(' ');
+                let name = words.next()?.to_owned();
+                let addresses: Vec<IpAddr> = words.filter_map(|word| word.parse().ok()).collect();
+                (!addresses.is_empty()).then_some((name, addresses))
+            })
+            .collect()
+    }
+
+    /// Stores them.
+    pub fn store_names(&self, names: &BTreeMap<String, Vec<IpAddr>>) -> Result<(), Error> {
+        let mut text = String::new();
+        for (name, addresses) in names {
+            text.push_str(name);
+            for address in addresses {
+                text.push(' ');
+                text.push_str(&address.to_string());
+            }
+            text.push('\n');
+        }
+        self.inner.files.write(NAMES, text.as_bytes())
     }
 
     /// Remembers the endpoint used.

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use dvpn_daemon::host::{
-    CLIENT_INTERFACE, ClientGuard, ClientNetwork, Error, Host, PROVIDER_INTERFACE, ProviderNetwork,
-};
+use dvpn_daemon::host::{CLIENT_INTERFACE, ClientNetwork, Error, Host, PROVIDER_INTERFACE, ProviderNetwork};
 
 use crate::namespace::Namespace;
 
@@ -35,12 +33,8 @@ fn cleanup_removes_all_that_a_killed_daemon_left_and_nothing_else() {
             mtu_bytes: 1420,
             routes: vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()],
         };
-        let addresses = network.addresses.iter().map(ipnetwork::IpNetwork::ip).collect();
-        host.set_client_guard(Some(&ClientGuard {
-            interface: CLIENT_INTERFACE.into(),
-            addresses,
-        }))
-        .unwrap();
+        let addresses: Vec<_> = network.addresses.iter().map(ipnetwork::IpNetwork::ip).collect();
+        host.set_client_guard(&addresses).await.unwrap();
         host.client_up(&network).await.unwrap();
         let network = ProviderNetwork {
             interface: PROVIDER_INTERFACE.into(),

@@ -1,8 +1,11 @@
 //! The client's routes and guard.
 
-use std::{net::UdpSocket, time::Duration};
+use std::{
+    net::{IpAddr, UdpSocket},
+    time::Duration,
+};
 
-use dvpn_daemon::host::{CLIENT_INTERFACE, ClientGuard, ClientNetwork, DESTINATION_ELSEWHERE, Host, SOURCE_ELSEWHERE};
+use dvpn_daemon::host::{CLIENT_INTERFACE, ClientNetwork, DESTINATION_ELSEWHERE, Host, SOURCE_ELSEWHERE};
 
 use crate::namespace::Namespace;
 
@@ -19,12 +22,8 @@ fn network() -> ClientNetwork {
     }
 }
 
-fn guard() -> ClientGuard {
-    let addresses = network().addresses.iter().map(ipnetwork::IpNetwork::ip).collect();
-    ClientGuard {
-        interface: CLIENT_INTERFACE.into(),
-        addresses,
-    }
+fn guarded() -> Vec<IpAddr> {
+    network().addresses.iter().map(ipnetwork::IpNetwork::ip).collect()
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
@@ -44,7 +43,7 @@ fn client_up_and_down_twice_leaves_the_machine_as_it_was() {
     block_on(async {
         let host = Host::open().unwrap();
         for _ in 0..2 {
-            host.set_client_guard(Some(&guard())).unwrap();
+            host.set_client_guard(&guarded()).await.unwrap();
             host.client_up(&network()).await.unwrap();
             host.client_up(&network()).await.unwrap();
         }
@@ -55,9 +54,9 @@ fn client_up_and_down_twice_leaves_the_machine_as_it_was() {
                 .contains("10.96.0.2/32 scope global noprefixroute dvpn0")
         );
         host.client_down().await.unwrap();
-        host.set_client_guard(None).unwrap();
+        host.set_client_guard(&[]).await.unwrap();
         host.client_down().await.unwrap();
-        host.set_client_guard(None).unwrap();
+        host.set_client_guard(&[]).await.unwrap();
         here.sh("ip link set dvpn0 down; ip link set dvpn0 mtu 1500");
     });
     assert_eq!(here.snapshot(), before);
@@ -125,7 +124,7 @@ fn a_planted_leak_is_seen_without_the_guard_and_dropped_with_it() {
 
     let host = block_on(async {
         let host = Host::open().unwrap();
-        host.set_client_guard(Some(&guard())).unwrap();
+        host.set_client_guard(&guarded()).await.unwrap();
         host
     });
     // netfilter answers EPERM to a local sender whose packet it drops.

@@ -105,6 +105,7 @@ fn pool(address: SocketAddr, ca: &Path) -> Pool {
     Pool::new(
         Client::new(Options {
             ca_file: Some(ca.to_owned()),
+            ..Options::default()
         }),
         url,
     )
@@ -511,6 +512,7 @@ async fn verify_approve_and_list_share_one_connection_and_say_only_what_they_mus
     .await;
     let client = Client::new(Options {
         ca_file: Some(certificates.path("ca.pem")),
+        ..Options::default()
     });
     let pool = Pool::new(client.clone(), format!("https://{address}/providers").parse().unwrap());
     let payment = Payment::new(client, format!("https://{address}/payment").parse().unwrap());

@@ -8,6 +8,7 @@
 //! | `payment` | what does not count as paid |
 //! | `control` | the D-Bus interface: who is served, what is shown and announced |
 //! | `contract` | a pool and a provider that speak only the plain contract |
+//! | `device` | device mode and its kill switch: nothing passes beside the tunnel |
 //! | `failover` | what happens when a provider dies, and when it does not |
 //! | `fallback` | what the orchestrator does when the pool fails |
 //! | `owner` | a provider's hours and its month's volume, over crashes too |
@@ -23,6 +24,7 @@ mod chain;
 mod contract;
 mod control;
 mod counterpart;
+mod device;
 mod failover;
 mod fallback;
 mod footprint;

@@ -107,6 +107,16 @@ pub struct FallbackConfig {
     pub ca_cert: Option<PathBuf>,
 }
 
+/// What goes through the tunnel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// What applications send to the proxy.
+    #[default]
+    App,
+    /// Everything that this machine sends or forwards.
+    Device,
+}
+
 /// The client's tunnel and what may pass beside it.
 #[derive(Clone)]
 pub struct TunnelSettings {
@@ -116,9 +126,11 @@ pub struct TunnelSettings {
     pub addresses: Vec<IpNetwork>,
     /// `TUNNEL_DNS`.
     pub dns: Vec<IpAddr>,
-    /// `KILL_SWITCH`.
+    /// `TUNNEL_MODE`.
+    pub mode: Mode,
+    /// `KILL_SWITCH`; never in app mode.
     pub kill_switch: bool,
-    /// `LOCKDOWN`.
+    /// `LOCKDOWN`; never in app mode.
     pub lockdown: bool,
     /// `ALLOW_LAN`.
     pub allow_lan: bool,

@@ -16,8 +16,8 @@ use url::Url;
 
 use super::values::{endpoint, https_url, megabits, port};
 use super::{
-    BandwidthConfig, Config, ControlConfig, Error, Errors, FallbackConfig, Kind, NodeConfig, SETTINGS, Secret, Setting,
-    Socks5Config, Source, TunnelSettings, find,
+    BandwidthConfig, Config, ControlConfig, Error, Errors, FallbackConfig, Kind, Mode, NodeConfig, SETTINGS, Secret,
+    Setting, Socks5Config, Source, TunnelSettings, find,
 };
 use crate::{address::is_unicast, node::Rules, session::Choice, text::excerpt};
 
@@ -68,7 +68,6 @@ struct Given<'a> {
 impl<'a> Reader<'a> {
     fn config(&mut self) -> Config {
         let node = self.node();
-        self.mode();
         Config {
             pool_url: self.url("POOL_URL"),
             pool_private: self.flag("POOL_PRIVATE"),
@@ -104,14 +103,13 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn mode(&mut self) {
+    fn mode(&mut self) -> Mode {
         self.read("TUNNEL_MODE", |text| match text {
-            "app" => Ok(()),
-            "device" => {
-                Err("this version has no device mode: use app and send applications to SOCKS5_LISTEN".to_owned())
-            }
-            _ => Err("must be app".to_owned()),
-        });
+            "app" => Ok(Mode::App),
+            "device" => Ok(Mode::Device),
+            _ => Err("must be app or device".to_owned()),
+        })
+        .unwrap_or_default()
     }
 
     fn choice(&mut self) -> Choice {
@@ -154,16 +152,23 @@ impl<'a> Reader<'a> {
         fallback
     }
 
-    /// A switch that must stay off in a version that could not keep its promise.
-    fn promise(&mut self, name: &'static str) -> bool {
+    /// A switch of device mode, and what it is there when nothing is set. Elsewhere it would promise what nobody keeps.
+    fn blocking(&mut self, name: &'static str, mode: Mode, default: bool) -> bool {
+        let set = self.get(name).is_some();
         let wanted = self.flag(name);
-        if wanted {
-            self.together(
-                name,
-                "this version has no device mode and blocks nothing: leave it false",
-            );
+        match mode {
+            Mode::Device if set => wanted,
+            Mode::Device => default,
+            Mode::App => {
+                if wanted {
+                    self.together(
+                        name,
+                        "app mode blocks nothing: set TUNNEL_MODE=device, or leave this false",
+                    );
+                }
+                false
+            }
         }
-        wanted
     }
 
     fn tunnel(&mut self) -> TunnelSettings {
@@ -178,6 +183,7 @@ impl<'a> Reader<'a> {
             self.together("WG_ADDRESS", "give at most one IPv4 and one IPv6 address");
         }
         let ports = self.list("ALLOW_INBOUND", port);
+        let mode = self.mode();
         TunnelSettings {
             private_key: self.read("WG_PRIVATE_KEY", |text| {
                 PrivateKey::parse(text).map_err(|error| error.to_string())
@@ -189,8 +195,9 @@ impl<'a> Reader<'a> {
                     .filter(|address| is_unicast(*address))
                     .ok_or_else(|| "must be IP addresses of resolvers".to_owned())
             }),
-            kill_switch: self.promise("KILL_SWITCH"),
-            lockdown: self.promise("LOCKDOWN"),
+            mode,
+            kill_switch: self.blocking("KILL_SWITCH", mode, true),
+            lockdown: self.blocking("LOCKDOWN", mode, false),
             allow_lan: self.flag("ALLOW_LAN"),
             allow_inbound: if ports.is_empty() { None } else { Some(ports) },
         }

@@ -41,7 +41,7 @@ pub enum Kind {
     Key,
     /// Hours of the day in UTC, separated by commas.
     Schedule,
-    /// `app`; `device` is not in this version.
+    /// `app` or `device`.
     Mode,
 }
 
@@ -65,7 +65,7 @@ impl Kind {
             Self::Providers => "ID|region:NAME,…",
             Self::Key => "BASE64",
             Self::Schedule => "HH:MM-HH:MM,…",
-            Self::Mode => "app",
+            Self::Mode => "app|device",
         }
     }
 }
@@ -314,26 +314,31 @@ pub static SETTINGS: &[Setting] = &[
         "TUNNEL_MODE",
         Kind::Mode,
         "app",
-        "app: what uses the proxy goes through the tunnel.",
+        "app: what uses the proxy goes through the tunnel. device: everything does.",
     ),
     addition(
         "KILL_SWITCH",
         Kind::Flag,
-        "false",
-        "Block traffic outside the tunnel while a session is wanted.",
+        "",
+        "Block traffic outside the tunnel while a session is wanted; device mode only, where it is on unless set to false.",
     ),
-    addition("LOCKDOWN", Kind::Flag, "false", "Keep blocking even after Stop."),
+    addition(
+        "LOCKDOWN",
+        Kind::Flag,
+        "false",
+        "Keep blocking even after Stop; device mode only.",
+    ),
     addition(
         "ALLOW_LAN",
         Kind::Flag,
         "false",
-        "The local network stays reachable while blocking.",
+        "In device mode: the local network stays reachable, except for its name servers.",
     ),
     addition(
         "ALLOW_INBOUND",
         Kind::Ports,
         "",
-        "TCP ports that stay reachable from outside; SSH's own when empty.",
+        "In device mode: TCP ports that stay reachable from outside; 22 when empty and something listens there.",
     ),
     addition(
         "TUNNEL_DNS",

@@ -29,8 +29,9 @@ use tokio::{
 
 use crate::{
     control::metrics::Metrics,
+    control_plane::Marked,
     ebpf,
-    host::{ClientGuard, ClientNetwork, Host},
+    host::{ClientNetwork, Host},
     socks5::TunnelPath,
     tunnel::{
         self, CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Renewal, Tunnel, TunnelConfig,
@@ -195,7 +196,7 @@ fn route_mtu(endpoint: SocketAddr) -> Option<u32> {
     if endpoint.is_ipv6() {
         return None;
     }
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+    let socket = Marked::unconnected(endpoint).ok()?;
     socket.connect(endpoint).ok()?;
     nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::IpMtu)
         .ok()?
@@ -267,14 +268,12 @@ async fn finish(
     let provider = approval.provider();
     attach_counters(surroundings).await;
     let addresses: Vec<_> = approval.addresses().iter().map(IpNetwork::ip).collect();
-    let guard = ClientGuard {
-        interface: CLIENT_INTERFACE.to_owned(),
-        addresses: guarded.iter().copied().collect(),
-    };
+    let guarded: Vec<IpAddr> = guarded.iter().copied().collect();
     // The guard comes before the address it guards.
     surroundings
         .host
-        .set_client_guard(Some(&guard))
+        .set_client_guard(&guarded)
+        .await
         .map_err(|error| failure("guarding the tunnel's addresses", &error, CURE))?;
     let network = ClientNetwork {
         interface: CLIENT_INTERFACE.to_owned(),
@@ -481,7 +480,7 @@ async fn close(tunnel: Arc<Box<dyn Tunnel>>) {
 async fn undo(surroundings: &Surroundings) {
     let mut undone = surroundings.host.client_down().await;
     if undone.is_ok() {
-        undone = surroundings.host.set_client_guard(None);
+        undone = surroundings.host.set_client_guard(&[]).await;
     }
     if let Err(error) = undone {
         tracing::warn!("undoing the configuration of {CLIENT_INTERFACE}: {error}: dvpn-daemon --cleanup removes it");

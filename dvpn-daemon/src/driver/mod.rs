@@ -34,6 +34,7 @@ use tokio::{
 use crate::{
     audit::Audit,
     control::{Command, metrics::Metrics},
+    control_plane::ControlPlane,
     ebpf,
     fallback::{Fallback, lease::Leases},
     host::Host,
@@ -55,6 +56,8 @@ pub struct Parts {
     pub state: State,
     /// What changes the machine.
     pub host: Arc<Host>,
+    /// Makes the connections beside the tunnel in device mode.
+    pub control_plane: Option<ControlPlane>,
     /// The pool, once `POOL_URL` is set.
     pub pool: Option<Pool>,
     /// The payment server, once `PAYMENT_API_URL` is set.
@@ -267,7 +270,7 @@ impl Driver {
         if let (Some(lease), Some(token), Some(fallback)) = (
             approval.lease(),
             self.requests.lease_token(),
-            Fallback::new(&self.parts.config),
+            Fallback::new(&self.parts.config, self.parts.control_plane.clone()),
         ) {
             let orchestrator = fallback.orchestrator();
             self.leases
@@ -350,7 +353,7 @@ impl Driver {
                 self.running.insert(attempt, task);
             }
             Action::Provision(attempt, subscription) => {
-                let fallback = Fallback::new(&self.parts.config);
+                let fallback = Fallback::new(&self.parts.config, self.parts.control_plane.clone());
                 let task = self.requests.provision(attempt, subscription, fallback);
                 self.running.insert(attempt, task);
             }
@@ -381,7 +384,7 @@ impl Driver {
             Action::RebindTunnel(attempt) => self.order(Order::Rebind(attempt)).await,
             Action::TearDown(attempt) => self.order(Order::TearDown(attempt)).await,
             Action::SetFirewall(policy) => {
-                if let Err(error) = self.parts.host.apply_policy(&policy) {
+                if let Err(error) = self.parts.host.apply_policy(&policy).await {
                     self.feed(Input::FirewallFailed(requests::firewall_failed(&error)));
                 }
             }
@@ -456,7 +459,7 @@ impl Driver {
             tracing::info!("the pool is not told in time that the connection has ended: it finds out by itself");
         }
         if !self.parts.config.tunnel.lockdown
-            && let Err(error) = self.parts.host.apply_policy(&dvpn_core::firewall::Policy::Open)
+            && let Err(error) = self.parts.host.apply_policy(&dvpn_core::firewall::Policy::Open).await
         {
             tracing::error!("opening the firewall: {error}: dvpn-daemon --cleanup opens it");
         }

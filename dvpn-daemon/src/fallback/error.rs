@@ -4,6 +4,8 @@ use std::{io, process::ExitStatus, time::Duration};
 
 use dvpn_core::{Failure, Retry};
 
+use crate::control_plane;
+
 use super::{Untrusted, run::MAX_OUTPUT_BYTES};
 
 /// Why the fallback script made no provider.
@@ -18,6 +20,13 @@ pub enum Error {
         /// By what.
         #[source]
         source: tokio::task::JoinError,
+    },
+    /// In device mode: no socket for its connections.
+    #[error("making the fallback script's way to the orchestrator")]
+    Door {
+        /// Why.
+        #[source]
+        source: control_plane::Error,
     },
     /// The request does not encode.
     #[error("the request for the fallback script does not encode")]
@@ -72,7 +81,7 @@ impl Error {
     fn how(&self) -> &'static str {
         match self {
             Self::Untrusted(_) | Self::Start { .. } => "correct FALLBACK_SCRIPT_PATH",
-            Self::Interrupted { .. } | Self::Encode { .. } | Self::Watch { .. } => "trying again",
+            Self::Interrupted { .. } | Self::Door { .. } | Self::Encode { .. } | Self::Watch { .. } => "trying again",
             Self::TimedOut(_) => "check FALLBACK_ORCHESTRATOR_URL and the network, or raise FALLBACK_TIMEOUT_SECONDS",
             Self::TooMuch | Self::StillOpen => "correct the script: it prints one JSON object and ends",
             Self::Failed { .. } => {

@@ -102,7 +102,7 @@ impl Orchestrator {
         }
         let response = self
             .client
-            .inner()
+            .inner(&url)
             .await?
             .request(method, url.clone())
             .bearer_auth(token.expose())

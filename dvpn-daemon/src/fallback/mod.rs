@@ -28,7 +28,10 @@ use zeroize::Zeroizing;
 pub use error::Error;
 pub use script::{Script, Untrusted};
 
-use crate::http::{self, Client, Options};
+use crate::{
+    control_plane::ControlPlane,
+    http::{self, Client, Options},
+};
 
 /// Where the program's own programs are looked for.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -40,17 +43,19 @@ pub struct Fallback {
     url: Url,
     ca_file: Option<PathBuf>,
     timeout: Duration,
+    control_plane: Option<ControlPlane>,
 }
 
 impl Fallback {
-    /// As configured; nothing if the fallback is off.
-    pub fn new(config: &Config) -> Option<Self> {
+    /// As configured; nothing if the fallback is off. In device mode its requests go by `control_plane`.
+    pub fn new(config: &Config, control_plane: Option<ControlPlane>) -> Option<Self> {
         let url = config.fallback.orchestrator_url.clone()?;
         config.fallback.enabled.then(|| Self {
             script: config.fallback.script.clone(),
             url,
             ca_file: config.fallback.ca_cert.clone().or_else(|| config.ssl_cert_file.clone()),
             timeout: config.fallback.timeout,
+            control_plane,
         })
     }
 
@@ -62,18 +67,19 @@ impl Fallback {
     /// The key that a proof of possession is made for; nothing from an orchestrator that asks for none. The program never
     /// sees a private key: it passes the proof on.
     pub async fn challenge(&self) -> Result<Option<ChallengeResponse>, http::Error> {
-        let options = Options {
-            ca_file: self.ca_file.clone(),
-        };
-        http::challenge(&Client::new(options), &self.url, PROVISION_CHALLENGE_PATH).await
+        http::challenge(&self.client(), &self.url, PROVISION_CHALLENGE_PATH).await
     }
 
     /// The client that keeps what the program got.
     pub fn orchestrator(&self) -> lease::Orchestrator {
-        let options = Options {
+        lease::Orchestrator::new(self.client(), self.url.clone())
+    }
+
+    fn client(&self) -> Client {
+        Client::new(Options {
             ca_file: self.ca_file.clone(),
-        };
-        lease::Orchestrator::new(Client::new(options), self.url.clone())
+            control_plane: self.control_plane.clone(),
+        })
     }
 
     /// Runs the program and returns what it printed. Dropping the future kills it, and everything that it started.
@@ -85,7 +91,17 @@ impl Fallback {
             .map_err(|source| Error::Interrupted { source })??;
         let input = Zeroizing::new(serde_json::to_vec(request).map_err(|source| Error::Encode { source })?);
         let secret = Secret::new(request.token.as_str());
-        run::run(&script, &self.environment(), &input, &secret, self.timeout).await
+        let mut environment = self.environment();
+        // The program's own sockets would be blocked, and are to be: it gets one of ours, which leads to the orchestrator
+        // and nowhere else, for as long as it runs.
+        let door = match &self.control_plane {
+            Some(plane) => Some(plane.door(&self.url).await.map_err(|source| Error::Door { source })?),
+            None => None,
+        };
+        if let Some(door) = &door {
+            environment.push(("FALLBACK_SOCKET", door.path().into()));
+        }
+        run::run(&script, &environment, &input, &secret, self.timeout).await
     }
 
     /// Everything the program is told besides the request.

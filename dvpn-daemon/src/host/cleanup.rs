@@ -36,9 +36,11 @@ impl Host {
             self.delete_rules(&[]).await,
             &format!("rules for table {ROUTING_TABLE}"),
         ));
-        match restore_settings() {
-            Ok(settings) => report.extend(settings.into_iter().map(|setting| Ok(format!("setting {setting}")))),
-            Err(error) => report.push(Err(error)),
+        for table in [CLIENT_TABLE, PROVIDER_TABLE] {
+            match restore_settings(table) {
+                Ok(settings) => report.extend(settings.into_iter().map(|setting| Ok(format!("setting {setting}")))),
+                Err(error) => report.push(Err(error)),
+            }
         }
         for table in [CLIENT_TABLE, PROVIDER_TABLE] {
             let removed = nft::delete_table(table).map_err(|source| Error::Firewall { table, source });

@@ -1,11 +1,33 @@
-//! The client's network in app mode: only what is bound to the tunnel's interface or address goes through it.
+//! The client's network and firewall: one state, made to stand as a whole.
+//!
+//! In app mode only what is bound to the tunnel's interface or address goes through it. In device mode everything does
+//! that does not carry our mark, and with a blocking policy nothing passes beside it but what [`super::client_policy`]
+//! names. Two barriers stand against a leak, and each holds without the other: rules and routes, whose table ends in
+//! `unreachable` for both families, and the firewall.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
+use dvpn_core::firewall::{Exemptions, Policy};
 use ipnetwork::IpNetwork;
 use netlink_packet_route::AddressFamily;
 
-use super::{CLIENT_INTERFACE, Error, Host, host_prefix, netlink::Selector};
+use super::{
+    CLIENT_INTERFACE, CLIENT_TABLE, Error, Host, PROVIDER_INTERFACE, client_policy,
+    forwarding::{self, Remembered},
+    host_prefix,
+    neighbours::Neighbour,
+    netlink::Selector,
+    nft::{self, expr::Family},
+    provider::{remembered, restore_settings},
+};
+
+/// Most addresses of pool, payment server and orchestrator that are open at once: those used last.
+const MAX_CONTROL: usize = 32;
+/// SSH's port, reachable unless something else is said, when somebody listens there.
+const SSH: u16 = 22;
 
 /// What an approval gives us.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,54 +42,310 @@ pub struct ClientNetwork {
     pub routes: Vec<IpNetwork>,
 }
 
+/// What of device mode is configured.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// Private networks that this machine is on stay reachable.
+    pub allow_lan: bool,
+    /// TCP ports that stay reachable from outside; nothing means 22 while somebody listens there.
+    pub inbound: Option<Vec<u16>>,
+    /// UDP ports at which this machine serves as a provider.
+    pub served: Vec<u16>,
+}
+
+/// The client's side as it should be.
+#[derive(Debug)]
+pub(super) struct ClientSide {
+    /// In device mode only.
+    device: Option<DeviceConfig>,
+    policy: Policy,
+    guarded: Vec<IpAddr>,
+    network: Option<ClientNetwork>,
+    /// The last one used last.
+    control: Vec<SocketAddr>,
+    resolvers: BTreeSet<SocketAddr>,
+    /// As it was last seen.
+    neighbours: Vec<Neighbour>,
+    inbound: Vec<u16>,
+    /// The table is of this process's making.
+    made: bool,
+}
+
+impl Default for ClientSide {
+    fn default() -> Self {
+        Self {
+            device: None,
+            policy: Policy::Open,
+            guarded: Vec::new(),
+            network: None,
+            control: Vec::new(),
+            resolvers: BTreeSet::new(),
+            neighbours: Vec::new(),
+            inbound: Vec::new(),
+            made: false,
+        }
+    }
+}
+
+impl ClientSide {
+    fn exemptions(&self) -> Option<&Exemptions> {
+        match &self.policy {
+            Policy::Blocked(exemptions) => Some(exemptions),
+            Policy::Open => None,
+        }
+    }
+
+    /// Device mode, while there is something for it to do.
+    fn standing_device(&self) -> Option<&DeviceConfig> {
+        let stands = self.network.is_some() || self.exemptions().is_some();
+        self.device.as_ref().filter(|_| stands)
+    }
+
+    fn addresses(&self) -> &[IpNetwork] {
+        self.network.as_ref().map_or(&[], |network| &network.addresses)
+    }
+
+    fn table(&self, remembered: &[Remembered]) -> nft::batch::Batch {
+        let control: BTreeSet<SocketAddr> = self.control.iter().copied().collect();
+        let device = self.standing_device().map(|device| client_policy::Device {
+            blocked: self.exemptions(),
+            control: &control,
+            resolvers: &self.resolvers,
+            inbound: &self.inbound,
+            served: &device.served,
+            neighbours: &self.neighbours,
+        });
+        let facts = client_policy::Facts {
+            guarded: &self.guarded,
+            addresses: self.addresses(),
+            device,
+            remembered,
+        };
+        client_policy::table(&facts, !self.made)
+    }
+
+    /// Which packets look in which table, the first that applies first.
+    fn selectors(&self) -> Vec<Selector> {
+        const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
+        let mut selectors = Vec::new();
+        if self.network.is_some() {
+            selectors.extend(FAMILIES.map(|family| Selector::Interface(family, CLIENT_INTERFACE.to_owned())));
+            selectors.extend(self.addresses().iter().map(|address| Selector::Source(address.ip())));
+        }
+        let Some(device) = self.standing_device() else {
+            return selectors;
+        };
+        for family in FAMILIES {
+            for interface in [PROVIDER_INTERFACE, CLIENT_INTERFACE] {
+                selectors.push(Selector::From(family, interface.to_owned()));
+            }
+            for port in &self.inbound {
+                selectors.push(Selector::AnswerTcp(family, *port));
+            }
+            for port in &device.served {
+                selectors.push(Selector::AnswerUdp(family, *port));
+            }
+        }
+        for (family, ours, servers) in client_policy::DHCP {
+            let family = match family {
+                Family::V4 => AddressFamily::Inet,
+                Family::V6 => AddressFamily::Inet6,
+            };
+            selectors.push(Selector::Dhcp(family, ours, servers));
+        }
+        let networks: BTreeSet<IpNetwork> = self.neighbours.iter().map(|neighbour| neighbour.network).collect();
+        selectors.extend(networks.into_iter().map(Selector::To));
+        selectors.extend(FAMILIES.map(Selector::Unmarked));
+        selectors
+    }
+}
+
 impl Host {
+    /// Turns device mode on, from the next change on.
+    pub async fn device_mode(&self, config: DeviceConfig) {
+        self.inner.client.lock().await.device = Some(config);
+    }
+
+    /// Makes the firewall what the session asks for. A blocking policy belongs to device mode and is refused in app mode
+    /// rather than half applied; an open one takes away what an earlier run left.
+    pub async fn apply_policy(&self, policy: &Policy) -> Result<(), Error> {
+        let mut side = self.inner.client.lock().await;
+        if side.device.is_none() && matches!(policy, Policy::Blocked(_)) {
+            return Err(Error::NotInAppMode);
+        }
+        side.policy = policy.clone();
+        self.settle(&mut side).await
+    }
+
+    /// Sets or removes the guard of our tunnel addresses. It outlives the interface and the daemon.
+    ///
+    /// Dropped packets are counted by [`super::SOURCE_ELSEWHERE`] and [`super::DESTINATION_ELSEWHERE`] in
+    /// [`Host::client_counters`].
+    pub async fn set_client_guard(&self, addresses: &[IpAddr]) -> Result<(), Error> {
+        let mut side = self.inner.client.lock().await;
+        side.guarded = addresses.to_vec();
+        self.settle(&mut side).await
+    }
+
+    /// Lets our marked sockets reach these addresses of pool, payment server or orchestrator from now on.
+    pub async fn allow_control(&self, addresses: &[SocketAddr]) -> Result<(), Error> {
+        let mut side = self.inner.client.lock().await;
+        let known = addresses.iter().all(|address| side.control.contains(address));
+        side.control.retain(|address| !addresses.contains(address));
+        side.control.extend(addresses);
+        let surplus = side.control.len().saturating_sub(MAX_CONTROL);
+        side.control.drain(..surplus);
+        if known { Ok(()) } else { self.commit_table(&mut side) }
+    }
+
+    /// Lets our marked sockets ask these name servers from now on.
+    pub async fn set_resolvers(&self, servers: &[SocketAddr]) -> Result<(), Error> {
+        let mut side = self.inner.client.lock().await;
+        let servers: BTreeSet<SocketAddr> = servers.iter().copied().collect();
+        if side.resolvers == servers {
+            return Ok(());
+        }
+        side.resolvers = servers;
+        self.commit_table(&mut side)
+    }
+
+    /// Looks at the machine again and makes everything stand as it should, whoever changed it.
+    pub async fn reassert_client(&self) -> Result<(), Error> {
+        let mut side = self.inner.client.lock().await;
+        self.settle(&mut side).await?;
+        match side.network.clone() {
+            Some(network) if self.link(&network.interface).await?.is_some() => self.lead_through(&network).await,
+            Some(_) | None => Ok(()),
+        }
+    }
+
     /// Makes the client's addresses, routes and rules equal to `network`, replacing what was there of ours.
     ///
     /// Our table ends in `unreachable` for both families, which stand before the first rule and after the last: at no
     /// moment does a packet of the tunnel find another way out. A family without a tunnel address goes nowhere.
     pub async fn client_up(&self, network: &ClientNetwork) -> Result<(), Error> {
+        self.interface_index(&network.interface).await?;
+        let network = ClientNetwork {
+            addresses: network.addresses.iter().map(host_prefix).collect(),
+            ..network.clone()
+        };
+        let mut side = self.inner.client.lock().await;
+        side.network = Some(network.clone());
+        self.settle(&mut side).await?;
+        self.lead_through(&network).await
+    }
+
+    /// Removes the client's addresses, routes and rules; what blocks stays. It is no error if the interface is gone
+    /// already.
+    pub async fn client_down(&self) -> Result<(), Error> {
+        let mut side = self.inner.client.lock().await;
+        side.network = None;
+        if let Some(link) = self.link(CLIENT_INTERFACE).await? {
+            self.set_addresses(link.index, &link.name, &[], false).await?;
+        }
+        self.settle(&mut side).await
+    }
+
+    /// Addresses, the link, and the routes through it.
+    async fn lead_through(&self, network: &ClientNetwork) -> Result<(), Error> {
         let interface = network.interface.as_str();
         let index = self.interface_index(interface).await?;
-        let addresses: Vec<IpNetwork> = network.addresses.iter().map(host_prefix).collect();
-        let mut selectors: Vec<Selector> = [AddressFamily::Inet, AddressFamily::Inet6]
-            .map(|family| Selector::Interface(family, interface.to_owned()))
-            .to_vec();
-        selectors.extend(addresses.iter().map(|address| Selector::Source(address.ip())));
-        let mut routes = everything().map(|default| (default, None)).to_vec();
-        for route in &network.routes {
-            if addresses.iter().any(|address| address.is_ipv4() == route.is_ipv4()) {
-                let route = IpNetwork::new(route.network(), route.prefix()).unwrap_or(*route);
-                routes.push((route, Some(index)));
-            }
-        }
-
-        for default in everything() {
-            self.add_route(default, None).await?;
-        }
-        for selector in &selectors {
-            self.add_rule(selector).await?;
-        }
-        self.delete_rules(&selectors).await?;
-        self.set_addresses(index, interface, &addresses, false).await?;
+        self.set_addresses(index, interface, &network.addresses, false).await?;
         self.set_up(index, interface, network.mtu_bytes).await?;
-        self.delete_routes(&routes).await?;
+        let routes = routes(network, index);
+        let mut wanted = everything().map(|default| (default, None)).to_vec();
+        wanted.extend(&routes);
+        self.delete_routes(&wanted).await?;
         for (to, oif) in routes {
             self.add_route(to, oif).await?;
         }
         Ok(())
     }
 
-    /// Removes the client's addresses, routes and rules. It is no error if the interface is gone already.
-    pub async fn client_down(&self) -> Result<(), Error> {
-        if let Some(link) = self.link(CLIENT_INTERFACE).await? {
-            self.set_addresses(link.index, &link.name, &[], false).await?;
+    /// Makes firewall, rules and `unreachable` what `side` says. What closes comes before what opens.
+    async fn settle(&self, side: &mut ClientSide) -> Result<(), Error> {
+        if let Some(device) = side.standing_device() {
+            let (lan, inbound) = (device.allow_lan, device.inbound.clone());
+            side.neighbours = self.neighbours(lan).await?;
+            side.inbound = inbound.unwrap_or_else(|| forwarding::listens(SSH).then_some(SSH).into_iter().collect());
         }
-        // While a rule stands, its table still answers "unreachable".
-        self.delete_routes(&everything().map(|default| (default, None))).await?;
-        self.delete_rules(&[]).await?;
-        self.delete_routes(&[]).await?;
+        let table_stands = side.standing_device().is_some() || !side.guarded.is_empty();
+        if table_stands {
+            self.commit_with_settings(side).await?;
+        }
+        let selectors = side.selectors();
+        let defaults = everything().map(|default| (default, None));
+        if !selectors.is_empty() {
+            for default in everything() {
+                self.add_route(default, None).await?;
+            }
+            for selector in &selectors {
+                self.add_rule(selector).await?;
+            }
+        }
+        if side.network.is_none() {
+            // While a rule stands, its table still answers "unreachable".
+            self.delete_routes(&defaults).await?;
+        }
+        self.delete_rules(&selectors).await?;
+        if selectors.is_empty() {
+            self.delete_routes(&[]).await?;
+        }
+        if !table_stands {
+            restore_settings(CLIENT_TABLE)?;
+            nft::delete_table(CLIENT_TABLE).map_err(firewall_error)?;
+            side.made = false;
+        }
         Ok(())
     }
+
+    /// The table with the settings that device mode needs, which it remembers before they are changed.
+    async fn commit_with_settings(&self, side: &mut ClientSide) -> Result<(), Error> {
+        let before = remembered(CLIENT_TABLE)?;
+        let new = match side.standing_device() {
+            Some(_) => forwarding::client_needs(&self.uplink_names().await?)?,
+            None => Vec::new(),
+        };
+        let all: Vec<Remembered> = before.into_iter().chain(new.iter().cloned()).collect();
+        self.commit(side, &all)?;
+        new.iter().try_for_each(Remembered::apply)
+    }
+
+    /// The table alone, if it stands.
+    fn commit_table(&self, side: &mut ClientSide) -> Result<(), Error> {
+        if side.standing_device().is_none() && side.guarded.is_empty() {
+            return Ok(());
+        }
+        let remembered = remembered(CLIENT_TABLE)?;
+        self.commit(side, &remembered)
+    }
+
+    #[expect(clippy::unused_self, reason = "a change of the machine")]
+    fn commit(&self, side: &mut ClientSide, remembered: &[Remembered]) -> Result<(), Error> {
+        nft::commit(side.table(remembered)).map_err(firewall_error)?;
+        side.made = true;
+        Ok(())
+    }
+}
+
+fn firewall_error(source: std::io::Error) -> Error {
+    Error::Firewall {
+        table: CLIENT_TABLE,
+        source,
+    }
+}
+
+/// What the provider carries, of families that we have an address of.
+fn routes(network: &ClientNetwork, index: u32) -> Vec<(IpNetwork, Option<u32>)> {
+    let carried = |route: &&IpNetwork| {
+        let addresses = network.addresses.iter();
+        addresses
+            .into_iter()
+            .any(|address| address.is_ipv4() == route.is_ipv4())
+    };
+    let exact = |route: &IpNetwork| IpNetwork::new(route.network(), route.prefix()).unwrap_or(*route);
+    let carried = network.routes.iter().filter(carried);
+    carried.map(|route| (exact(route), Some(index))).collect()
 }
 
 /// The default routes of both families.

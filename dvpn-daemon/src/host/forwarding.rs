@@ -37,7 +37,10 @@ impl Remembered {
         let (family, rest) = path.split_once("/conf/")?;
         let (interface, setting) = rest.split_once('/')?;
         let safe = matches!(family, "ipv4" | "ipv6")
-            && matches!(setting, "forwarding" | "force_forwarding" | "accept_ra")
+            && matches!(
+                setting,
+                "forwarding" | "force_forwarding" | "accept_ra" | "src_valid_mark" | "arp_ignore"
+            )
             && !interface.is_empty()
             && interface != ".."
             && interface != ".";
@@ -53,6 +56,10 @@ impl Remembered {
         Path::new(ROOT).join(&self.path)
     }
 
+    fn is_ipv4_forwarding(&self) -> bool {
+        self.path.starts_with("ipv4/") && self.path.ends_with("/forwarding")
+    }
+
     pub(super) fn apply(&self) -> Result<(), Error> {
         write(&self.file(), &self.set)
     }
@@ -62,7 +69,7 @@ impl Remembered {
     pub(super) fn restore(&self) -> Result<bool, Error> {
         let file = self.file();
         match read(&file) {
-            Ok(now) if now == self.set && !(self.path.starts_with("ipv4/") && forwards_everything()) => {
+            Ok(now) if now == self.set && !(self.is_ipv4_forwarding() && forwards_everything()) => {
                 write(&file, &self.before).map(|()| true)
             }
             Ok(_) => Ok(false),
@@ -125,6 +132,67 @@ pub(super) fn needed(interface: &str, uplinks: &[String], ipv4: bool, ipv6: bool
         }
     }
     Ok(changes)
+}
+
+/// What device mode needs of the machine.
+///
+/// Where the way back is checked strictly (`rp_filter` 1), answers to marked packets are looked up by their mark. ARP
+/// answers only for addresses of the interface that is asked, so that the local network cannot find out the tunnel's;
+/// the stricter `arp_ignore` 2 would make machines unreachable whose address has no subnet with the router in it.
+pub(super) fn client_needs(uplinks: &[String]) -> Result<Vec<Remembered>, Error> {
+    let number = |path: &str| {
+        read(&Path::new(ROOT).join(path))
+            .ok()
+            .and_then(|text| text.parse::<u32>().ok())
+            .unwrap_or(0)
+    };
+    let mut changes = Vec::new();
+    let mut want = |path: String, before: u32, set: u32| {
+        changes.push(Remembered {
+            path,
+            before: before.to_string(),
+            set: set.to_string(),
+        });
+    };
+    // The greater of the two values counts, for each of these settings (Documentation/networking/ip-sysctl.rst).
+    let of_all = |setting: &str| number(&format!("ipv4/conf/all/{setting}"));
+    let mut strict = false;
+    for uplink in uplinks {
+        let path = format!("ipv4/conf/{uplink}/arp_ignore");
+        let own = number(&path);
+        if own.max(of_all("arp_ignore")) == 0 {
+            want(path, own, 1);
+        }
+        strict |= number(&format!("ipv4/conf/{uplink}/rp_filter")).max(of_all("rp_filter")) == 1;
+    }
+    if strict && of_all("src_valid_mark") == 0 {
+        want("ipv4/conf/all/src_valid_mark".to_owned(), 0, 1);
+    }
+    Ok(changes)
+}
+
+/// Whether somebody on this machine takes TCP connections from outside at this port.
+pub(super) fn listens(port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    ["/proc/self/net/tcp", "/proc/self/net/tcp6"].iter().any(|file| {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        text.lines().skip(1).any(|line| {
+            let mut words = line.split_ascii_whitespace().skip(1);
+            let (Some(local), Some(_), Some(state)) = (words.next(), words.next(), words.next()) else {
+                return false;
+            };
+            let Some((address, at)) = local.split_once(':') else {
+                return false;
+            };
+            // 127.0.0.0/8 in the byte order of this machine, ::1 in words of it.
+            let loopback = if address.len() == 8 {
+                u32::from_str_radix(address, 16).is_ok_and(|word| word.to_ne_bytes()[0] == 127)
+            } else {
+                address == "00000000000000000000000001000000"
+            };
+            state == LISTEN && !loopback && u16::from_str_radix(at, 16) == Ok(port)
+        })
+    })
 }
 
 fn read(file: &Path) -> io::Result<String> {

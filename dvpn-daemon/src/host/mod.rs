@@ -9,8 +9,9 @@
 mod changes;
 mod cleanup;
 mod client;
+mod client_policy;
 mod forwarding;
-mod guard;
+mod neighbours;
 mod netlink;
 mod nft;
 mod provider;
@@ -25,8 +26,10 @@ use tokio::sync::Mutex;
 use tokio_util::task::AbortOnDropHandle;
 
 pub use changes::NetworkChanges;
-pub use client::ClientNetwork;
-pub use guard::{ClientGuard, DESTINATION_ELSEWHERE, SOURCE_ELSEWHERE};
+pub use client::{ClientNetwork, DeviceConfig};
+pub use client_policy::{
+    BLOCKED_IN, BLOCKED_OUT, DESTINATION_ELSEWHERE, FOREIGN_SOURCE, SOURCE_ELSEWHERE, UNSOLICITED,
+};
 pub use nft::read::CounterValue;
 pub use provider::ProviderNetwork;
 pub use provider_meter::{CONNECTION_BURST, CONNECTIONS_PER_SECOND, Carried, MAX_CONNECTIONS};
@@ -120,7 +123,7 @@ pub enum Error {
     #[error("{0} is not on a BPF file system and was left alone: set BPF_DIRECTORY")]
     NotBpf(PathBuf),
     /// A blocking firewall in app mode.
-    #[error("blocking all traffic needs device mode: unset KILL_SWITCH and LOCKDOWN, or TUNNEL_MODE")]
+    #[error("blocking all traffic needs device mode: set TUNNEL_MODE=device")]
     NotInAppMode,
     /// Provider operations before `provider_up`.
     #[error("the provider interface is not up")]
@@ -137,6 +140,8 @@ struct Inner {
     rtnetlink: rtnetlink::Handle,
     /// What `provider_up` was given; also makes changes of the provider's side one at a time.
     provider: Mutex<Option<ProviderNetwork>>,
+    /// What the client's side should be; also makes changes of it one at a time.
+    client: Mutex<client::ClientSide>,
     _connection: AbortOnDropHandle<()>,
 }
 
@@ -149,6 +154,7 @@ impl Host {
             inner: Arc::new(Inner {
                 rtnetlink,
                 provider: Mutex::new(None),
+                client: Mutex::default(),
                 _connection: connection,
             }),
         })
@@ -161,7 +167,7 @@ impl Host {
         counters(PROVIDER_TABLE)
     }
 
-    /// The counters of the client's table, by name: see [`ClientGuard`].
+    /// The counters of the client's table, by name: [`BLOCKED_OUT`] and the like; empty while there is none.
     pub fn client_counters(&self) -> Result<BTreeMap<String, CounterValue>, Error> {
         counters(CLIENT_TABLE)
     }

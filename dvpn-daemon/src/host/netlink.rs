@@ -5,15 +5,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use futures::TryStreamExt as _;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::{
-    AddressFamily,
+    AddressFamily, IpProtocol,
     address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
-    rule::{RuleAction, RuleAttribute, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange},
 };
 use rtnetlink::{IpVersion, LinkUnspec};
 
 use super::{Error, Host, PROTOCOL, ROUTING_TABLE, RULE_PRIORITY};
+use crate::tunnel::{FWMARK, FWMARK_MASK};
 
 /// A link, as far as this module cares.
 pub(super) struct Link {
@@ -22,6 +23,8 @@ pub(super) struct Link {
     pub(super) kind: Option<InfoKind>,
     /// Whether the layer below is there: a cable, an access point, the other end of a pair.
     pub(super) has_carrier: bool,
+    /// The bridge or bond that it is a port of.
+    pub(super) controller: Option<u32>,
 }
 
 /// An address on a link.
@@ -31,23 +34,117 @@ pub(super) struct Address {
     pub(super) message: AddressMessage,
 }
 
-/// Which packets a rule of ours sends to our table.
+/// Which packets a rule of ours is about. The first two kinds come first, the last comes last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Selector {
-    /// Those bound to this interface.
+    /// Those bound to this interface: our table.
     Interface(AddressFamily, String),
-    /// Those from this address.
+    /// Those from this address: our table.
     Source(IpAddr),
+    /// Those that came in by this interface: the main table.
+    From(AddressFamily, String),
+    /// TCP from this port: the main table. The firewall sees to it that these are answers.
+    AnswerTcp(AddressFamily, u16),
+    /// UDP from this port: the main table.
+    AnswerUdp(AddressFamily, u16),
+    /// UDP from the first port to the second: the main table.
+    Dhcp(AddressFamily, u16, u16),
+    /// Those to this network: the main table.
+    To(IpNetwork),
+    /// Those without our mark: our table.
+    Unmarked(AddressFamily),
 }
 
 impl Selector {
-    fn selects_as(&self, rule: &RuleMessage) -> bool {
-        let attribute = match self {
-            Self::Interface(family, name) if *family == rule.header.family => RuleAttribute::Oifname(name.clone()),
-            Self::Interface(..) => return false,
-            Self::Source(address) => RuleAttribute::Source(*address),
+    fn family(&self) -> AddressFamily {
+        let of = |v4: bool| if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        match self {
+            Self::Interface(family, _)
+            | Self::From(family, _)
+            | Self::AnswerTcp(family, _)
+            | Self::AnswerUdp(family, _)
+            | Self::Dhcp(family, ..)
+            | Self::Unmarked(family) => *family,
+            Self::Source(address) => of(address.is_ipv4()),
+            Self::To(network) => of(network.is_ipv4()),
+        }
+    }
+
+    fn table(&self) -> u32 {
+        match self {
+            Self::Interface(..) | Self::Source(_) | Self::Unmarked(_) => ROUTING_TABLE,
+            Self::From(..) | Self::AnswerTcp(..) | Self::AnswerUdp(..) | Self::Dhcp(..) | Self::To(_) => {
+                u32::from(RouteHeader::RT_TABLE_MAIN)
+            }
+        }
+    }
+
+    fn priority(&self) -> u32 {
+        match self {
+            Self::Interface(..) | Self::Source(_) => RULE_PRIORITY,
+            Self::From(..) | Self::AnswerTcp(..) | Self::AnswerUdp(..) | Self::Dhcp(..) | Self::To(_) => {
+                RULE_PRIORITY + 1
+            }
+            Self::Unmarked(_) => RULE_PRIORITY + 2,
+        }
+    }
+
+    /// The rule as it is asked for.
+    fn rule(&self) -> RuleMessage {
+        let mut rule = RuleMessage::default();
+        rule.header.family = self.family();
+        rule.header.table = RouteHeader::RT_TABLE_UNSPEC;
+        rule.header.action = RuleAction::ToTable;
+        let one = |port: u16| RulePortRange { start: port, end: port };
+        let own = match self {
+            Self::Interface(_, name) => vec![RuleAttribute::Oifname(name.clone())],
+            Self::From(_, name) => vec![RuleAttribute::Iifname(name.clone())],
+            Self::Source(address) => {
+                rule.header.src_len = if address.is_ipv4() { 32 } else { 128 };
+                vec![RuleAttribute::Source(*address)]
+            }
+            Self::To(network) => {
+                rule.header.dst_len = network.prefix();
+                vec![RuleAttribute::Destination(network.network())]
+            }
+            Self::AnswerTcp(_, port) => vec![
+                RuleAttribute::IpProtocol(IpProtocol::Tcp),
+                RuleAttribute::SourcePortRange(one(*port)),
+            ],
+            Self::AnswerUdp(_, port) => vec![
+                RuleAttribute::IpProtocol(IpProtocol::Udp),
+                RuleAttribute::SourcePortRange(one(*port)),
+            ],
+            Self::Dhcp(_, ours, servers) => vec![
+                RuleAttribute::IpProtocol(IpProtocol::Udp),
+                RuleAttribute::SourcePortRange(one(*ours)),
+                RuleAttribute::DestinationPortRange(one(*servers)),
+            ],
+            Self::Unmarked(_) => {
+                rule.header.flags |= RuleFlags::Invert;
+                vec![RuleAttribute::FwMark(FWMARK), RuleAttribute::FwMask(FWMARK_MASK)]
+            }
         };
-        rule.attributes.contains(&attribute) && rule.attributes.contains(&RuleAttribute::Table(ROUTING_TABLE))
+        rule.attributes.extend(own);
+        rule.attributes.extend([
+            RuleAttribute::Table(self.table()),
+            RuleAttribute::Priority(self.priority()),
+            RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
+        ]);
+        rule
+    }
+
+    /// Whether a rule that the kernel shows is this one.
+    fn selects_as(&self, rule: &RuleMessage) -> bool {
+        let wanted = self.rule();
+        let lengths = |rule: &RuleMessage| (rule.header.family, rule.header.src_len, rule.header.dst_len);
+        let inverted = |rule: &RuleMessage| rule.header.flags.contains(RuleFlags::Invert);
+        lengths(&wanted) == lengths(rule)
+            && inverted(&wanted) == inverted(rule)
+            && wanted
+                .attributes
+                .iter()
+                .all(|attribute| rule.attributes.contains(attribute))
     }
 }
 
@@ -85,10 +182,13 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         name: String::new(),
         kind: None,
         has_carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        controller: None,
     };
     for attribute in &message.attributes {
         if let LinkAttribute::IfName(name) = attribute {
             link.name.clone_from(name);
+        } else if let LinkAttribute::Controller(index) = attribute {
+            link.controller = Some(*index);
         } else if let LinkAttribute::LinkInfo(infos) = attribute {
             for info in infos {
                 if let LinkInfo::Kind(kind) = info {
@@ -315,36 +415,14 @@ impl Host {
         request.execute().await.map_err(|source| Error::Change { what, source })
     }
 
-    /// Adds a rule that looks in our table; one that is there already is no error.
+    /// Adds a rule; one that is there already is no error.
     pub(super) async fn add_rule(&self, selector: &Selector) -> Result<(), Error> {
         let mut request = self.netlink().rule().add();
-        let rule = request.message_mut();
-        rule.header.table = RouteHeader::RT_TABLE_UNSPEC;
-        rule.header.action = RuleAction::ToTable;
-        rule.attributes.extend([
-            RuleAttribute::Table(ROUTING_TABLE),
-            RuleAttribute::Priority(RULE_PRIORITY),
-            RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
-        ]);
-        match selector {
-            Selector::Interface(family, name) => {
-                rule.header.family = *family;
-                rule.attributes.push(RuleAttribute::Oifname(name.clone()));
-            }
-            Selector::Source(address) => {
-                rule.header.family = if address.is_ipv4() {
-                    AddressFamily::Inet
-                } else {
-                    AddressFamily::Inet6
-                };
-                rule.header.src_len = if address.is_ipv4() { 32 } else { 128 };
-                rule.attributes.push(RuleAttribute::Source(*address));
-            }
-        }
+        *request.message_mut() = selector.rule();
         match request.execute().await {
             Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -libc::EEXIST => Ok(()),
             Err(source) => Err(Error::Change {
-                what: format!("adding a rule for table {ROUTING_TABLE}"),
+                what: format!("adding a rule for table {}", selector.table()),
                 source,
             }),
             Ok(()) => Ok(()),

@@ -41,7 +41,7 @@ impl Host {
     pub async fn provider_up(&self, network: &ProviderNetwork) -> Result<(), Error> {
         let mut current = self.inner.provider.lock().await;
         let index = self.interface_index(&network.interface).await?;
-        restore_settings()?;
+        restore_settings(PROVIDER_TABLE)?;
         let around = self.surroundings(&network.interface).await?;
         let settings = settings(network, &around)?;
         commit(fresh(&facts(network, &around, &settings)))?;
@@ -58,7 +58,10 @@ impl Host {
         let network = current.as_ref().ok_or(Error::ProviderDown)?;
         let around = self.surroundings(&network.interface).await?;
         let new = settings(network, &around)?;
-        let settings: Vec<Remembered> = remembered()?.into_iter().chain(new.iter().cloned()).collect();
+        let settings: Vec<Remembered> = remembered(PROVIDER_TABLE)?
+            .into_iter()
+            .chain(new.iter().cloned())
+            .collect();
         commit(update(&facts(network, &around, &settings)))?;
         new.iter().try_for_each(Remembered::apply)
     }
@@ -84,7 +87,7 @@ impl Host {
             self.set_down(link.index, &link.name).await?;
             self.set_addresses(link.index, &link.name, &[], true).await?;
         }
-        restore_settings()?;
+        restore_settings(PROVIDER_TABLE)?;
         nft::delete_table(PROVIDER_TABLE).map_err(|source| Error::Firewall {
             table: PROVIDER_TABLE,
             source,
@@ -173,9 +176,9 @@ fn settings(network: &ProviderNetwork, around: &Surroundings) -> Result<Vec<Reme
 }
 
 /// Puts back every setting that the table remembers; says which.
-pub(super) fn restore_settings() -> Result<Vec<String>, Error> {
+pub(super) fn restore_settings(table: &'static str) -> Result<Vec<String>, Error> {
     let mut restored = Vec::new();
-    for setting in remembered()? {
+    for setting in remembered(table)? {
         if setting.restore()? {
             restored.push(setting.to_comment());
         }
@@ -183,11 +186,8 @@ pub(super) fn restore_settings() -> Result<Vec<String>, Error> {
     Ok(restored)
 }
 
-fn remembered() -> Result<Vec<Remembered>, Error> {
-    let comments = nft::read::comments(PROVIDER_TABLE).map_err(|source| Error::FirewallRead {
-        table: PROVIDER_TABLE,
-        source,
-    })?;
+pub(super) fn remembered(table: &'static str) -> Result<Vec<Remembered>, Error> {
+    let comments = nft::read::comments(table).map_err(|source| Error::FirewallRead { table, source })?;
     Ok(comments
         .iter()
         .filter_map(|comment| Remembered::parse(comment))

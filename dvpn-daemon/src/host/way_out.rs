@@ -59,6 +59,16 @@ impl Host {
         }
     }
 
+    /// The interfaces by which packets leave for where this machine is not itself.
+    pub(super) async fn uplinks(&self) -> Result<BTreeSet<u32>, Error> {
+        let routes = self.routes().await?;
+        Ok(routes
+            .iter()
+            .filter(|route| leads_out(route))
+            .flat_map(interfaces_of)
+            .collect())
+    }
+
     async fn way_out(&self) -> Result<WayOut, Error> {
         let mut routes: Vec<RouteMessage> = self.routes().await?.into_iter().filter(leads_out).collect();
         for route in &mut routes {

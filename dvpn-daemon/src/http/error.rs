@@ -7,6 +7,8 @@ use reqwest::{Response, StatusCode, header::LOCATION};
 use rustls::{AlertDescription, CertificateError, pki_types::pem};
 use url::Url;
 
+use crate::control_plane;
+
 /// Where a request went: scheme, host, port and path. Never a query, a user or a password.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target(String);
@@ -183,6 +185,15 @@ pub enum Error {
         /// The host it names; its path may carry secrets and is left out.
         to: String,
     },
+    /// No connection of ours beside the tunnel.
+    #[error("reaching {target}: see whether the network and its name servers work")]
+    NoWay {
+        /// Who.
+        target: Target,
+        /// Why.
+        #[source]
+        source: control_plane::Error,
+    },
     /// More bytes than the contract allows.
     #[error("the answer of {target} is longer than {limit} bytes and was given up: ask the server's operator")]
     TooLarge {
@@ -272,6 +283,7 @@ impl Error {
             Self::Interrupted { .. }
             | Self::Tls { .. }
             | Self::Connect { .. }
+            | Self::NoWay { .. }
             | Self::Timeout { .. }
             | Self::Broken { .. }
             | Self::Redirect { .. }

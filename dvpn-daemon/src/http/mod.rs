@@ -9,7 +9,12 @@ mod payment;
 mod pool;
 mod tls;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 pub use error::{Error, Target, TlsProblem};
@@ -25,6 +30,8 @@ use tokio::sync::OnceCell;
 use url::Url;
 use zeroize::Zeroizing;
 
+use crate::control_plane::{ControlPlane, Relay};
+
 /// Longest time for the TCP and TLS handshakes together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest time for a provider list, from the request to its last byte.
@@ -38,19 +45,29 @@ const MAX_HEADERS: usize = 64;
 /// All that a server learns of this program.
 const USER_AGENT: &str = concat!("dvpn/", env!("CARGO_PKG_VERSION"));
 
-/// What a client trusts.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What a client trusts, and how it connects.
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// PEM file whose certificates replace the system's roots. Without it the system's are used, where `SSL_CERT_FILE`
     /// and `SSL_CERT_DIR` are honoured as OpenSSL does.
     pub ca_file: Option<PathBuf>,
+    /// Makes its connections in device mode; otherwise it makes its own.
+    pub control_plane: Option<ControlPlane>,
 }
 
 /// Builds a client. It reads the roots (some milliseconds of blocking I/O): see [`Client`] for one that does so late.
 pub fn client(options: &Options) -> Result<reqwest::Client, Error> {
+    build(options, None)
+}
+
+fn build(options: &Options, through: Option<&Path>) -> Result<reqwest::Client, Error> {
     let mut headers = HeaderMap::new();
     headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
-    reqwest::Client::builder()
+    let mut builder = reqwest::Client::builder();
+    if let Some(socket) = through {
+        builder = builder.unix_socket(socket);
+    }
+    builder
         .tls_backend_preconfigured(tls::config(options)?)
         .https_only(true)
         .http1_only()
@@ -72,35 +89,77 @@ pub fn client(options: &Options) -> Result<reqwest::Client, Error> {
 
 /// A client that is built at its first request, off the start path. Clones share it and its connections.
 #[derive(Debug, Clone)]
-pub struct Client(Arc<(Options, OnceCell<reqwest::Client>)>);
+pub struct Client(Arc<Parts>);
+
+#[derive(Debug)]
+struct Parts {
+    options: Options,
+    direct: OnceCell<reqwest::Client>,
+    /// One for each relay, by its path.
+    relayed: tokio::sync::Mutex<BTreeMap<PathBuf, reqwest::Client>>,
+}
+
+/// Who sends a request, and who knows why it found no way.
+struct Sender {
+    client: reqwest::Client,
+    relay: Option<Relay>,
+}
 
 impl Client {
     /// Remembers the options and does nothing else.
     pub fn new(options: Options) -> Self {
-        Self(Arc::new((options, OnceCell::new())))
+        Self(Arc::new(Parts {
+            options,
+            direct: OnceCell::new(),
+            relayed: tokio::sync::Mutex::default(),
+        }))
     }
 
-    /// The client underneath, for streams and uploads that the methods here do not cover; builds it if need be. Errors of
-    /// its requests are mapped by [`Error::from_request`]; its callers set their own time limits.
-    pub async fn inner(&self) -> Result<&reqwest::Client, Error> {
-        let (options, cell) = &*self.0;
-        cell.get_or_try_init(|| async {
-            let options = options.clone();
-            tokio::task::spawn_blocking(move || client(&options))
-                .await
-                .map_err(|source| Error::Interrupted { source })?
+    /// The client underneath for this host, for streams and uploads that the methods here do not cover; builds it if need
+    /// be. Errors of its requests are mapped by [`Error::from_request`]; its callers set their own time limits.
+    pub async fn inner(&self, url: &Url) -> Result<reqwest::Client, Error> {
+        self.sender(url).await.map(|sender| sender.client)
+    }
+
+    async fn sender(&self, url: &Url) -> Result<Sender, Error> {
+        let Parts {
+            options,
+            direct,
+            relayed,
+        } = &*self.0;
+        let Some(plane) = &options.control_plane else {
+            let client = direct.get_or_try_init(|| build_elsewhere(options, None)).await?.clone();
+            return Ok(Sender { client, relay: None });
+        };
+        let unreachable = |source| Error::NoWay {
+            target: Target::of(url),
+            source,
+        };
+        let relay = plane.relay(url).await.map_err(unreachable)?;
+        let mut relayed = relayed.lock().await;
+        let client = match relayed.get(relay.path()) {
+            Some(client) => client.clone(),
+            None => {
+                let client = build_elsewhere(options, Some(relay.path().to_owned())).await?;
+                relayed.insert(relay.path().to_owned(), client.clone());
+                client
+            }
+        };
+        Ok(Sender {
+            client,
+            relay: Some(relay),
         })
-        .await
     }
 
     /// GET; the caller decides what statuses mean, except that 3xx is refused.
     pub async fn fetch(&self, url: &Url, bearer: Option<&str>, within: Duration) -> Result<Response, Error> {
         check(url)?;
-        let mut request = self.inner().await?.get(url.clone()).timeout(within);
+        let sender = self.sender(url).await?;
+        let mut request = sender.client.get(url.clone()).timeout(within);
         if let Some(secret) = bearer {
             request = request.bearer_auth(secret);
         }
-        send(request, url).await
+        sender.send(request, url).await
     }
 
     /// POST of a JSON document; the caller decides what statuses mean, except that 3xx is refused. The body is wiped from
@@ -117,12 +176,9 @@ impl Client {
             source,
         })?;
         let body = Bytes::from_owner(Zeroizing::new(body));
-        let request = self
-            .inner()
-            .await?
-            .post(url.clone())
-            .header(CONTENT_TYPE, "application/json");
-        send(request.body(body).timeout(within), url).await
+        let sender = self.sender(url).await?;
+        let request = sender.client.post(url.clone()).header(CONTENT_TYPE, "application/json");
+        sender.send(request.body(body).timeout(within), url).await
     }
 }
 
@@ -137,15 +193,31 @@ fn check(url: &Url) -> Result<(), Error> {
     }
 }
 
-async fn send(request: RequestBuilder, url: &Url) -> Result<Response, Error> {
-    let response = request
-        .send()
+/// Reading the roots blocks: not on the runtime's own threads.
+async fn build_elsewhere(options: &Options, through: Option<PathBuf>) -> Result<reqwest::Client, Error> {
+    let options = options.clone();
+    tokio::task::spawn_blocking(move || build(&options, through.as_deref()))
         .await
-        .map_err(|source| Error::from_request(url, source))?;
-    if response.status().is_redirection() {
-        return Err(Error::redirect(url, &response));
+        .map_err(|source| Error::Interrupted { source })?
+}
+
+impl Sender {
+    async fn send(&self, request: RequestBuilder, url: &Url) -> Result<Response, Error> {
+        let response = request.send().await.map_err(|source| {
+            // The HTTP client saw a connection of this process close; the relay knows why.
+            match self.relay.as_ref().and_then(Relay::take_failure) {
+                Some(source) => Error::NoWay {
+                    target: Target::of(url),
+                    source,
+                },
+                None => Error::from_request(url, source),
+            }
+        })?;
+        if response.status().is_redirection() {
+            return Err(Error::redirect(url, &response));
+        }
+        Ok(response)
     }
-    Ok(response)
 }
 
 /// Reads a body of at most `limit` decoded bytes; a longer one is given up at the byte that exceeds the limit, so what a

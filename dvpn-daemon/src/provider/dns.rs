@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -25,6 +25,7 @@ mod question;
 use question::{Asked, MAX_UDP_BYTES};
 
 use super::limiter::{Limiter, Rate};
+use crate::{control_plane::Marked, resolve::Sockets as _};
 
 const PORT: u16 = 53;
 const MAX_QUESTIONS: usize = 512;
@@ -223,12 +224,7 @@ impl Shared {
 
 impl Asked {
     async fn over_udp(&self, resolver: SocketAddr) -> io::Result<Vec<u8>> {
-        let any: IpAddr = if resolver.is_ipv4() {
-            Ipv4Addr::UNSPECIFIED.into()
-        } else {
-            Ipv6Addr::UNSPECIFIED.into()
-        };
-        let socket = UdpSocket::bind((any, 0)).await?;
+        let socket = Marked.udp(resolver.ip(), 0)?;
         socket.connect(resolver).await?;
         socket.send(&self.packet).await?;
         let mut buffer = vec![0; MAX_UDP_BYTES];
@@ -241,7 +237,7 @@ impl Asked {
     }
 
     async fn over_tcp(&self, resolver: SocketAddr) -> io::Result<Vec<u8>> {
-        let mut stream = TcpStream::connect(resolver).await?;
+        let mut stream = Marked.connect(resolver).await?;
         write_message(&mut stream, &self.packet).await?;
         let answer = read_message(&mut stream).await?;
         if self.is_answered_by(&answer) {

@@ -18,6 +18,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 
 use super::limiter::{Limiter, Rate};
+use crate::control_plane::mark;
 
 /// Three probes a candidate, a few clients behind one address.
 const EACH: Rate = Rate {
@@ -121,6 +122,7 @@ fn ipv4_only(port: u16) -> io::Result<UdpSocket> {
 
 fn start(socket: Socket, address: (IpAddr, u16)) -> io::Result<UdpSocket> {
     socket.set_nonblocking(true)?;
+    mark(&socket);
     socket.bind(&SocketAddr::from(address).into())?;
     UdpSocket::from_std(socket.into())
 }

@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     host::{PROVIDER_INTERFACE, ProviderNetwork},
-    tunnel::{DEFAULT_MTU_BYTES, PeerStats, Tunnel, TunnelConfig},
+    tunnel::{DEFAULT_MTU_BYTES, FWMARK, PeerStats, Tunnel, TunnelConfig},
 };
 
 /// Changes that are carried out together at most.
@@ -69,7 +69,7 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
         interface: PROVIDER_INTERFACE.to_owned(),
         private_key: config.private_key.clone(),
         listen_port: config.port,
-        fwmark: 0,
+        fwmark: FWMARK,
         mtu_bytes: DEFAULT_MTU_BYTES,
         peers: Vec::new(),
         offload: true,

@@ -1,7 +1,7 @@
 //! Registration and heartbeats: best effort, with a growing pause, in the way of nothing else.
 
 use std::{
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -19,6 +19,7 @@ use super::{
     status::{Event, ProviderStatus},
     verdict::{Facts, verdict},
 };
+use crate::control_plane::Marked;
 use dvpn_common::ids::Region;
 
 /// Heartbeat when the pool does not say.
@@ -179,8 +180,9 @@ impl Registration {
     fn address(&self) -> Option<IpAddr> {
         self.observed.or_else(|| {
             // Connecting a UDP socket sends nothing; it only asks the routing table.
-            let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
-            socket.connect("192.0.2.1:9").ok()?;
+            let elsewhere = SocketAddr::from(([192, 0, 2, 1], 9));
+            let socket = Marked::unconnected(elsewhere).ok()?;
+            socket.connect(elsewhere).ok()?;
             Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_unspecified())
         })
     }

@@ -4,7 +4,6 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
 };
 
 use fast_socks5::{
@@ -12,19 +11,13 @@ use fast_socks5::{
     server::{Socks5ServerProtocol, states::CommandRead},
     util::target_addr::TargetAddr,
 };
-use futures::{StreamExt, stream::FuturesUnordered};
-use tokio::{
-    io::copy_bidirectional_with_sizes,
-    net::TcpStream,
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::{io::copy_bidirectional_with_sizes, net::TcpStream, time::timeout};
 
 use super::{CONNECT_TIMEOUT, Error, Metrics, TunnelPath, TunnelWatch, destination, gone, reset_on_close};
+use crate::{race::race, resolve::Sockets as _};
 
 /// One buffer each direction: together the 64 KiB a connection may cost.
 const BUFFER_BYTES: usize = 32 * 1024;
-/// Head start of one address before the next is tried beside it (RFC 8305, section 5).
-const STAGGER: Duration = Duration::from_millis(250);
 
 /// Serves one request to its end.
 pub(super) async fn serve(
@@ -78,29 +71,9 @@ pub(super) async fn serve(
 /// A connection to the destination, or the answer that says why not.
 async fn open(destination: TargetAddr, path: &TunnelPath) -> Result<TcpStream, ReplyError> {
     let addresses = admitted(destination, path).await?;
-    let mut waiting = addresses.into_iter();
-    let mut trying = FuturesUnordered::new();
-    let mut last = ReplyError::HostUnreachable;
-    let mut next_start = Instant::now();
-    loop {
-        tokio::select! {
-            biased;
-            Some(result) = trying.next(), if !trying.is_empty() => match result {
-                Ok(stream) => return Ok(stream),
-                Err(error) => {
-                    last = reply(&error);
-                    next_start = Instant::now();
-                }
-            },
-            () = sleep_until(next_start), if waiting.len() > 0 => {
-                if let Some(address) = waiting.next() {
-                    trying.push(path.binding.connect(address));
-                    next_start = Instant::now() + STAGGER;
-                }
-            }
-            else => return Err(last),
-        }
-    }
+    race(addresses, |address| path.binding.connect(address))
+        .await
+        .map_err(|error| reply(&error))
 }
 
 /// The addresses a destination stands for, each judged; or the answer that says why there is none.

@@ -11,7 +11,7 @@ use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 
-use crate::resolve::{self, Resolver};
+use crate::resolve::{self, Resolver, Sockets};
 
 /// An interface with its inner addresses, one of each family at most. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -42,33 +42,9 @@ impl Binding {
         }))
     }
 
-    /// Whether the tunnel carries IPv4.
-    pub fn carries_v4(&self) -> bool {
-        self.0.v4.is_some()
-    }
-
-    /// Whether the tunnel carries IPv6.
-    pub fn carries_v6(&self) -> bool {
-        self.0.v6.is_some()
-    }
-
     /// Whether the tunnel carries the family of this address.
     pub fn carries(&self, address: IpAddr) -> bool {
         self.source(address).is_some()
-    }
-
-    /// Connects by the tunnel. The caller limits the time.
-    pub async fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
-        let socket = self.bound(to.ip(), Type::STREAM, Protocol::TCP, 0)?;
-        let socket = TcpSocket::from_std_stream(socket.into());
-        let stream = socket.connect(to).await?;
-        stream.set_nodelay(true)?;
-        Ok(stream)
-    }
-
-    /// A UDP socket of the family of `to`, on this port (0 takes any).
-    pub fn udp(&self, to: IpAddr, port: u16) -> io::Result<UdpSocket> {
-        UdpSocket::from_std(self.bound(to, Type::DGRAM, Protocol::UDP, port)?.into())
     }
 
     fn source(&self, to: IpAddr) -> Option<IpAddr> {
@@ -97,13 +73,36 @@ impl Binding {
     }
 }
 
+/// By the tunnel.
+impl Sockets for Binding {
+    fn carries_v4(&self) -> bool {
+        self.0.v4.is_some()
+    }
+
+    fn carries_v6(&self) -> bool {
+        self.0.v6.is_some()
+    }
+
+    async fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.bound(to.ip(), Type::STREAM, Protocol::TCP, 0)?;
+        let socket = TcpSocket::from_std_stream(socket.into());
+        let stream = socket.connect(to).await?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    fn udp(&self, to: IpAddr, port: u16) -> io::Result<UdpSocket> {
+        UdpSocket::from_std(self.bound(to, Type::DGRAM, Protocol::UDP, port)?.into())
+    }
+}
+
 /// A standing tunnel, as the proxy needs to know it.
 #[derive(Debug, Clone)]
 pub struct TunnelPath {
     /// Makes the sockets.
     pub binding: Binding,
     /// Asks through the tunnel.
-    pub resolver: Resolver,
+    pub resolver: Resolver<Binding>,
     /// Inner addresses that are no destinations: ours and the provider's.
     pub(super) inner: Vec<IpAddr>,
 }

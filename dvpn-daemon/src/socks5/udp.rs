@@ -30,6 +30,7 @@ use super::{
     header::{MAX_HEADER, write_header},
     reset_on_close,
 };
+use crate::resolve::Sockets as _;
 
 /// An association without a datagram ends after this long.
 const IDLE_TIMEOUT: Duration = Duration::from_mins(2);

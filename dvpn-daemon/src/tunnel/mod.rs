@@ -23,6 +23,8 @@ pub const CLIENT_INTERFACE: &str = "dvpn0";
 pub const PROVIDER_INTERFACE: &str = "dvpnp0";
 /// Mark of every packet that the daemon itself sends outside the tunnel.
 pub const FWMARK: u32 = 0x0d00_0000;
+/// The bits of a packet's mark that are ours; the others are anybody's.
+pub const FWMARK_MASK: u32 = 0xff00_0000;
 /// Inner MTU when nothing better is known: 1500 − 80.
 pub const DEFAULT_MTU_BYTES: u16 = 1420;
 /// The least MTU that IPv6 allows (RFC 8200, section 5).

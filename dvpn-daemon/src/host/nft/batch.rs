@@ -44,7 +44,7 @@ pub(crate) struct Attach {
     pub(crate) hook: InetHookNumber,
     /// Its place among the chains of that hook: lower runs earlier.
     pub(crate) priority: i32,
-    /// `filter` or `nat`.
+    /// `filter`, `route` or `nat`.
     pub(crate) kind: &'static str,
 }
 
@@ -55,6 +55,14 @@ impl Attach {
             hook,
             priority,
             kind: "filter",
+        }
+    }
+    /// A filter chain that may change where locally made packets go: the kernel looks for their route again.
+    pub(crate) const fn route(priority: i32) -> Self {
+        Self {
+            hook: InetHookNumber::LocalOut,
+            priority,
+            kind: "route",
         }
     }
     /// A chain for address translation.

@@ -3,6 +3,8 @@
 //! Numbers are those of `include/uapi/linux/netfilter/nf_tables.h`; values in registers are in network order, except
 //! marks, interface indexes and connection tracking bits, which are in host order.
 
+mod marks;
+
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;

@@ -1,0 +1,246 @@
+//! Device mode's connections beside the tunnel: to the pool, the payment server and the orchestrator, and to the network's
+//! name servers for their names. Each is made of a marked socket, to an address and port that the firewall was told
+//! before.
+//!
+//! A name that was resolved once is kept on disk, so that a machine whose name servers do not answer while everything is
+//! blocked can still pay and connect. The certificate, not the address, says who is there.
+
+mod relay;
+mod sockets;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use hickory_resolver::{
+    Hosts,
+    proto::{
+        op::Query,
+        rr::{Name, RecordType},
+    },
+};
+use tokio::{net::TcpStream, sync::OnceCell, time::timeout};
+use url::{Host as UrlHost, Url};
+
+pub use relay::{Door, Relay};
+pub(crate) use sockets::{Marked, mark};
+
+use crate::{
+    host::{self, Host},
+    race::race,
+    resolve::{self, Resolver, Sockets as _},
+    state::State,
+};
+
+/// How long the network's name servers are waited for when the name's last addresses are known.
+const PATIENCE_WITH_SERVERS: Duration = Duration::from_secs(2);
+/// Names kept on disk; there are three, and what they were before a change of configuration.
+const MAX_NAMES: usize = 16;
+
+/// The socket of the program that runs for us, in the state directory.
+const DOOR: &str = "orchestrator.socket";
+
+/// Where the network's name servers are to be learned from, whenever a name is asked for.
+pub type NameServers = Arc<dyn Fn() -> Vec<SocketAddr> + Send + Sync>;
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address names no host.
+    #[error("{0} names no host: correct it in the configuration")]
+    NoHost(Url),
+    /// The firewall did not take the address.
+    #[error("opening the firewall for the control plane")]
+    Firewall(#[source] host::Error),
+    /// The name has no address and never had one.
+    #[error("{name} does not resolve at this network's name servers: check the name and the network")]
+    Name {
+        /// Which.
+        name: String,
+        /// Why.
+        #[source]
+        source: resolve::Error,
+    },
+    /// No address answered.
+    #[error("connecting to {name}: check the network")]
+    Connect {
+        /// Whom.
+        name: String,
+        /// What the last one said.
+        #[source]
+        source: io::Error,
+    },
+    /// The relay could not be made.
+    #[error("making a socket for requests of this daemon's own")]
+    Relay(#[source] io::Error),
+}
+
+/// Makes them. Clones share everything.
+#[derive(Clone)]
+pub struct ControlPlane(Arc<Inner>);
+
+struct Inner {
+    host: Arc<Host>,
+    state: State,
+    servers: NameServers,
+    /// Each name's last addresses, as the disk has them.
+    names: Mutex<BTreeMap<String, Vec<IpAddr>>>,
+    relays: tokio::sync::Mutex<BTreeMap<String, Relay>>,
+    hosts: OnceCell<Hosts>,
+}
+
+impl std::fmt::Debug for ControlPlane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ControlPlane")
+    }
+}
+
+impl ControlPlane {
+    /// On this machine, with the names that `state` remembers.
+    pub fn new(host: Arc<Host>, state: State, servers: NameServers) -> Self {
+        let names = Mutex::new(state.names());
+        Self(Arc::new(Inner {
+            host,
+            state,
+            servers,
+            names,
+            relays: tokio::sync::Mutex::default(),
+            hosts: OnceCell::new(),
+        }))
+    }
+
+    /// A socket of this process that leads to the host of `url`, the same for the same host and port.
+    pub async fn relay(&self, url: &Url) -> Result<Relay, Error> {
+        let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
+            return Err(Error::NoHost(url.clone()));
+        };
+        let host = host.to_owned();
+        let mut relays = self.0.relays.lock().await;
+        let key = format!("{host}:{port}");
+        if let Some(relay) = relays.get(&key) {
+            return Ok(relay.clone());
+        }
+        let relay = Relay::start(self.clone(), host, port).map_err(Error::Relay)?;
+        relays.insert(key, relay.clone());
+        Ok(relay)
+    }
+
+    /// A socket in the file system that leads to the host of `url` for as long as it is held: for a program that runs as
+    /// our own user.
+    pub async fn door(&self, url: &Url) -> Result<Door, Error> {
+        let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
+            return Err(Error::NoHost(url.clone()));
+        };
+        let path = self.0.state.path(DOOR);
+        Door::open(path, self.clone(), host.to_owned(), port).map_err(Error::Relay)
+    }
+
+    /// A connection to this host. The caller limits the time.
+    pub async fn connect(&self, host: &UrlHost<String>, port: u16) -> Result<TcpStream, Error> {
+        let addresses = match host {
+            UrlHost::Ipv4(address) => vec![IpAddr::V4(*address)],
+            UrlHost::Ipv6(address) => vec![IpAddr::V6(*address)],
+            UrlHost::Domain(name) => self.resolve(name).await?,
+        };
+        let addresses: Vec<SocketAddr> = addresses.into_iter().map(|ip| SocketAddr::new(ip, port)).collect();
+        self.0.host.allow_control(&addresses).await.map_err(Error::Firewall)?;
+        let connected = race(addresses, |address| async move { Marked.connect(address).await }).await;
+        connected.map_err(|source| Error::Connect {
+            name: host.to_string(),
+            source,
+        })
+    }
+
+    async fn resolve(&self, name: &str) -> Result<Vec<IpAddr>, Error> {
+        let written = self.in_hosts_file(name).await;
+        if !written.is_empty() {
+            return Ok(written);
+        }
+        let known = self.names().get(name).cloned();
+        let asked = self.ask(name);
+        let answer = match &known {
+            Some(_) => timeout(PATIENCE_WITH_SERVERS, asked).await.ok(),
+            None => Some(asked.await),
+        };
+        match (answer, known) {
+            (Some(Ok(addresses)), known) => {
+                if known.as_ref() != Some(&addresses) {
+                    self.remember(name, &addresses);
+                }
+                Ok(addresses)
+            }
+            (Some(Err(_)) | None, Some(known)) => {
+                tracing::debug!("the network's name servers do not answer; a name's last addresses are used");
+                Ok(known)
+            }
+            (Some(Err(error)), None) => Err(error),
+            // Only asked with a limit when something is known.
+            (None, None) => Err(Error::Name {
+                name: name.to_owned(),
+                source: resolve::Error::NoServer,
+            }),
+        }
+    }
+
+    async fn ask(&self, name: &str) -> Result<Vec<IpAddr>, Error> {
+        let servers = (self.0.servers)();
+        self.0.host.set_resolvers(&servers).await.map_err(Error::Firewall)?;
+        let failed = |source| Error::Name {
+            name: name.to_owned(),
+            source,
+        };
+        let resolver = Resolver::new(&Marked, &servers).map_err(failed)?;
+        resolver.resolve(name).await.map_err(failed)
+    }
+
+    /// What the administrator wrote into /etc/hosts comes first, as everywhere (hosts(5)).
+    async fn in_hosts_file(&self, name: &str) -> Vec<IpAddr> {
+        let hosts = self.0.hosts.get_or_init(|| async {
+            let read = tokio::task::spawn_blocking(Hosts::from_system).await;
+            read.ok().and_then(Result::ok).unwrap_or_default()
+        });
+        let hosts = hosts.await;
+        let Ok(name) = Name::from_utf8(name) else {
+            return Vec::new();
+        };
+        let kinds = [RecordType::A, RecordType::AAAA];
+        let found = kinds.map(|kind| hosts.lookup_static_host(&Query::query(name.clone(), kind)));
+        let records = found.iter().flatten().flat_map(|lookup| lookup.answers());
+        records.filter_map(|record| record.data.ip_addr()).collect()
+    }
+
+    fn remember(&self, name: &str, addresses: &[IpAddr]) {
+        let names = {
+            let mut names = self.names();
+            if names.len() >= MAX_NAMES {
+                names.clear();
+            }
+            names.insert(name.to_owned(), addresses.to_vec());
+            names.clone()
+        };
+        let state = self.0.state.clone();
+        // Nobody waits for the disk here: at worst the name is asked for again.
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = state.store_names(&names) {
+                tracing::warn!("{error}: the addresses of pool and payment server are not remembered");
+            }
+        });
+    }
+
+    fn names(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<IpAddr>>> {
+        self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The servers of resolv.conf(5) that are not this machine's own: what those forward would be blocked.
+pub fn servers_of_resolv_conf() -> Vec<SocketAddr> {
+    let servers = crate::provider::system_resolvers().unwrap_or_default();
+    servers
+        .into_iter()
+        .filter(|server| !server.ip().is_loopback())
+        .collect()
+}

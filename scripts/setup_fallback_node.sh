@@ -32,6 +32,10 @@ options=(
     --header 'Content-Type: application/json' --header 'Accept: application/json'
     --data-binary @-
 )
+# In device mode every other way is blocked: this socket of the daemon's leads to the orchestrator.
+if [[ -n ${FALLBACK_SOCKET:-} ]]; then
+    options+=(--unix-socket "$FALLBACK_SOCKET")
+fi
 if [[ -n ${FALLBACK_CA_CERT:-} ]]; then
     options+=(--cacert "$FALLBACK_CA_CERT" --capath /nonexistent)
 fi

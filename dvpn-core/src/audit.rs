@@ -117,6 +117,8 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// Somebody else took something of the firewall, rules or routes away; it was made again.
+    FirewallRepaired,
     /// A checkout was begun.
     CheckoutStarted,
     /// A payment token was stored.

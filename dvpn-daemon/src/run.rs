@@ -16,7 +16,7 @@ use dvpn_core::{
     config::{Config, Mode},
     session::Restored,
 };
-use futures::StreamExt as _;
+use futures::{Stream, StreamExt as _};
 use jiff::Timestamp;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rand::{TryRng as _, rngs::SysRng};
@@ -31,7 +31,7 @@ use crate::{
     audit::Audit,
     control::{self, Control, metrics::Metrics, payments::Payments},
     control_plane::{self, ControlPlane},
-    driver::{Driver, Ended, Parts, Views, Watchdog},
+    driver::{Driver, Ended, MachineEvent, Parts, Termination, Views, Watchdog},
     ebpf,
     host::{DeviceConfig, Host},
     http::{self, Payment, Pool},
@@ -244,7 +244,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     let bus = join_bus(control).await;
     notify("READY=1\nSTATUS=running");
 
-    let network = watch_network(&host).await;
+    let machine = watch_machine(&host, config.tunnel.mode).await;
     let (reload_sender, reload) = mpsc::channel(1);
     tokio::spawn(reload_on_hangup(arguments, reload_sender, audit.clone()));
     payments.resume(commands).await;
@@ -274,7 +274,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         watchdog: watchdog(),
     };
     let driver = Driver::new(parts, seed, restored, views).await;
-    let ended = driver.run(orders, reload, network, terminated).await;
+    let ended = driver.run(orders, reload, machine, terminated).await;
     notify("STOPPING=1");
     proxy_end.cancel();
     if let Some(node) = node {
@@ -463,15 +463,18 @@ fn watchdog() -> Option<Watchdog> {
     }
 }
 
-/// Completes when the service manager or the terminal ends the daemon. Signals are caught from the call on, not from
-/// the first poll: one that comes while the daemon is still starting is not lost and does not kill it half-way.
-fn terminated() -> anyhow::Result<impl Future<Output = ()>> {
+/// Completes when the service manager or the terminal ends the daemon: SIGTERM and SIGINT stop it, SIGUSR1 (the unit's
+/// `RestartKillSignal=`) ends it for a successor. Signals are caught from the call on, not from the first poll: one that
+/// comes while the daemon is still starting is not lost and does not kill it half-way.
+fn terminated() -> anyhow::Result<impl Future<Output = Termination>> {
     let mut term = signal(SignalKind::terminate()).context("catching SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("catching SIGINT")?;
+    let mut restart = signal(SignalKind::user_defined1()).context("catching SIGUSR1")?;
     Ok(async move {
         tokio::select! {
-            _ = term.recv() => {}
-            _ = interrupt.recv() => {}
+            _ = term.recv() => Termination::Stop,
+            _ = interrupt.recv() => Termination::Stop,
+            _ = restart.recv() => Termination::Restart,
         }
     })
 }
@@ -507,20 +510,33 @@ async fn reload_on_hangup(arguments: Arguments, reload: mpsc::Sender<Arc<Config>
     }
 }
 
-async fn watch_network(host: &Host) -> mpsc::Receiver<()> {
-    let (sender, receiver) = mpsc::channel(1);
+/// What happens to the machine's network, as the driver has to hear of it.
+async fn watch_machine(host: &Host, mode: Mode) -> mpsc::Receiver<MachineEvent> {
+    let (sender, receiver) = mpsc::channel(4);
     match host.way_out_changes().await {
-        Ok(changes) => {
-            tokio::spawn(async move {
-                let mut changes = pin!(changes);
-                while changes.next().await.is_some() {
-                    if sender.send(()).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
+        Ok(changes) => forward(changes, MachineEvent::OtherWayOut, sender.clone()),
         Err(error) => tracing::warn!("changes of the network are not seen: {}", chain(&error)),
     }
+    if mode == Mode::Device {
+        match host.network_changes().await {
+            Ok(changes) => forward(changes, MachineEvent::Changed, sender.clone()),
+            Err(error) => tracing::warn!("changes of the network are not seen: {}", chain(&error)),
+        }
+        match host.losses().await {
+            Ok(losses) => forward(losses, MachineEvent::Loss, sender),
+            Err(error) => tracing::warn!("what others do to the firewall is not seen: {}", chain(&error)),
+        }
+    }
     receiver
+}
+
+fn forward(stream: impl Stream<Item = ()> + Send + 'static, event: MachineEvent, sender: mpsc::Sender<MachineEvent>) {
+    tokio::spawn(async move {
+        let mut stream = pin!(stream);
+        while stream.next().await.is_some() {
+            if sender.send(event).await.is_err() {
+                return;
+            }
+        }
+    });
 }

@@ -1,150 +1,132 @@
-//! Device mode: everything goes through the tunnel, and with the kill switch nothing ever beside it.
+//! Device mode: everything goes through the tunnel, and with the kill switch nothing ever beside it. The leak table: each
+//! row is a [`LeakWatch`] whose planted leaks were seen before and after.
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use dvpn_common::status::StateName;
 use dvpn_tests::{
-    capture::{Capture, Packet, hardware_address, is_housekeeping},
-    http,
-    network::{NetworkConfig, POOL, WEB, provider_address},
-    node::{Daemon, Environment, NODE_PORT, POOL_PORT},
+    leak::{LeakWatch, UPLINK, exit_address},
+    namespace::Namespace,
+    network::{CLIENT, NetworkConfig, PREFIX, WEB},
+    node::{Daemon, Environment},
+    process::wait_for,
     snapshot,
     world::{CONNECT_PATIENCE, World, unique_id},
 };
+use nix::sys::signal::Signal;
 
 const TIMEOUT: Duration = Duration::from_millis(700);
-const WEB_SITE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(WEB), 80);
+const PATIENCE: Duration = Duration::from_secs(5);
+const WEB_SITE: SocketAddr = SocketAddr::new(IpAddr::V4(WEB), 80);
+/// What others do to the machine is undone within this long; the figure is for a busy one.
+const REPAIRED_WITHIN: Duration = Duration::from_secs(2);
 
-fn device_mode(environment: Environment) -> Environment {
-    environment.with("TUNNEL_MODE", "device")
-}
-
+/// A client in device mode among providers at these round-trip times.
 fn build(round_trips_ms: &[u64], told: impl FnOnce(Environment) -> Environment) -> Result<World> {
     let network = NetworkConfig::with_round_trips(&unique_id(), round_trips_ms);
-    World::build_with(&network, |environment| told(device_mode(environment)))
+    World::build_with(&network, |environment| told(environment.with("TUNNEL_MODE", "device")))
 }
 
-/// What may leave the client's uplink: WireGuard and echoes to providers, TLS to the pool. Everything else that the
-/// client's hardware address sends is a leak.
-fn watch(world: &World) -> Result<Capture> {
-    let mine = hardware_address(&world.network.client.namespace, "eth0")?;
-    Capture::start(&world.network.client.namespace, "eth0", move |frame| {
-        frame.get(6..12) == Some(mine.as_slice()) && !is_housekeeping(frame) && !is_ours(frame)
+/// Pays and connects with everything watched from before the first packet.
+fn connect_watched(world: &World) -> Result<LeakWatch> {
+    world.pay()?;
+    let mut watch = LeakWatch::begin(&world.network.client)?;
+    world.ask().start()?;
+    // From here on the firewall stands: the state changes after it.
+    world
+        .ask()
+        .wait_status("an attempt", PATIENCE, |status| status.attempts > 0)?;
+    watch.flood()?;
+    world
+        .ask()
+        .wait_state(StateName::Connected, CONNECT_PATIENCE)
+        .with_context(|| world.client.process.log_tail())?;
+    Ok(watch)
+}
+
+fn direct(world: &World) -> Result<IpAddr> {
+    exit_address(world.ask().namespace(), PATIENCE)
+}
+
+fn is_provider(world: &World, address: IpAddr) -> bool {
+    world
+        .network
+        .providers
+        .iter()
+        .any(|machine| IpAddr::V4(machine.address) == address)
+}
+
+/// An ordinary program's connection works again within this long, and leaves by a provider.
+fn wait_for_traffic(world: &World, patience: Duration) -> Result<()> {
+    wait_for("traffic through a provider", patience, || {
+        Ok(exit_address(world.ask().namespace(), TIMEOUT).ok())
     })
-}
-
-fn is_ours(frame: &[u8]) -> bool {
-    Packet::in_frame(frame).is_some_and(|packet| {
-        let to_provider = (0..8).any(|number| packet.destination == provider_address(number));
-        match packet.protocol {
-            17 => to_provider && [NODE_PORT, NODE_PORT + 1].contains(&packet.destination_port),
-            6 => packet.destination == POOL && packet.destination_port == POOL_PORT,
-            _ => false,
-        }
+    .and_then(|exit| {
+        ensure!(is_provider(world, exit), "traffic left through {exit}");
+        Ok(())
     })
+    .with_context(|| world.client.process.log_tail())
 }
 
-/// What leaks would look like: a packet straight to the web server, one to the network's own, and one of IPv6. The
-/// capture must see all.
-fn plant(world: &World, capture: &Capture) -> Result<()> {
-    let before = capture.matched();
-    send_everywhere(world)?;
-    let seen = capture.wait_for_more(before + 1, Duration::from_secs(5))?;
-    ensure!(
-        seen >= before + 2,
-        "the capture saw {} of the planted leaks",
-        seen - before
-    );
-    Ok(())
+fn stop(world: &World) -> impl FnOnce() -> Result<()> + '_ {
+    || world.ask().disconnect(CONNECT_PATIENCE).map(drop)
 }
 
-/// Sends what must not leave, not caring what becomes of it: by every way an application has.
-fn send_everywhere(world: &World) -> Result<()> {
-    let namespace = world.ask().namespace();
-    let anywhere = namespace.udp(Ipv4Addr::UNSPECIFIED.into())?;
-    let from_uplink = namespace.udp(world.network.client.address.into())?;
-    let bound = namespace.udp(Ipv4Addr::UNSPECIFIED.into())?;
-    socket2::SockRef::from(&bound).bind_device(Some(b"eth0"))?;
-    let router = SocketAddr::from(([203, 0, 113, 1], 53));
-    let pool = SocketAddr::from((POOL, POOL_PORT));
-    let endpoint = SocketAddr::from((provider_address(0), NODE_PORT));
-    for socket in [&anywhere, &from_uplink, &bound] {
-        for to in [SocketAddr::from((WEB, 7)), router, pool] {
-            drop(socket.send_to(b"a planted leak", to));
-        }
-    }
-    // An unmarked process to the very endpoint, from a port that WireGuard does not use.
-    drop(from_uplink.send_to(b"", endpoint));
-    if let Ok(six) = namespace.udp(Ipv6Addr::UNSPECIFIED.into()) {
-        drop(six.send_to(b"a planted leak", ("2001:db8::80".parse::<Ipv6Addr>()?, 7)));
-    }
-    Ok(())
-}
-
-/// The address that the web server sees of an ordinary program on the client.
-fn exit_address(world: &World) -> Result<Ipv4Addr> {
-    let stream = world.ask().namespace().connect(WEB_SITE, Duration::from_secs(5))?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let (status, text) = http::get_text(stream, "web.dvpn.test", "/")?;
-    ensure!(status == 200, "the web server answered {status}: {text:?}");
-    text.trim()
-        .parse()
-        .with_context(|| format!("the web server answered {text:?}"))
-}
-
-fn none_leaked(capture: &Capture) -> Result<()> {
-    ensure!(
-        capture.matched() == 0,
-        "{} packets leaked: {:?}",
-        capture.matched(),
-        capture.samples()
-    );
-    ensure!(capture.seen() > 0, "the capture saw nothing at all");
-    Ok(())
+fn network_of(world: &World) -> Result<String> {
+    let client = &world.network.client;
+    let all = snapshot::take(&client.namespace, &world.network.bpf_directory(client))?;
+    // The packet counters' pins go on from session to session.
+    Ok(all.split("# pinned").next().unwrap_or_default().to_owned())
 }
 
 #[test]
 fn every_program_goes_through_the_tunnel_and_after_stop_the_machine_is_as_before() -> Result<()> {
     let world = build(&[8, 10], |environment| environment)?;
-    let planted = watch(&world)?;
-    plant(&world, &planted)?;
-    drop(planted);
     world.pay()?;
-
-    let capture = watch(&world)?;
+    let before = network_of(&world)?;
     let status = world.ask().connect(CONNECT_PATIENCE)?;
     for _ in 0..5 {
-        ensure!(exit_address(&world)? == world.address_of(&status)?, "another exit");
-        send_everywhere(&world)?;
+        ensure!(
+            direct(&world)? == IpAddr::V4(world.address_of(&status)?),
+            "another exit"
+        );
     }
-    none_leaked(&capture)?;
-
     world.ask().disconnect(CONNECT_PATIENCE)?;
     world.ask().check_no_way_around()?;
-    let after = snapshot::take(
-        &world.network.client.namespace,
-        &world.network.bpf_directory(&world.network.client),
-    )?;
-    // The packet counters go on from session to session.
-    let network = |text: &str| text.split("# pinned").next().map(str::to_owned);
-    ensure!(
-        network(&after) == network(&world.client_before),
-        "Stop left something:\n{after}"
-    );
-    plant(&world, &capture)
+    let after = network_of(&world)?;
+    ensure!(after == before, "Stop left something:\n{after}\nbefore:\n{before}");
+    Ok(())
+}
+
+#[test]
+fn nothing_leaks_while_sessions_begin_lose_their_interface_and_change_providers() -> Result<()> {
+    let mut world = build(&[8, 10], |environment| environment)?;
+    let watch = connect_watched(&world)?;
+    for round in 0..3 {
+        world.ask().namespace().ip("link del dvpn0")?;
+        // A session that is lost again and again waits longer each time.
+        wait_for_traffic(&world, Duration::from_mins(1)).with_context(|| format!("round {round}"))?;
+        watch.check("interface deleted")?;
+    }
+    let (_, status) = world.ask().health()?;
+    let number = world.provider_number(status.provider.context("a provider")?.id.as_str())?;
+    world.providers.get_mut(number).context("its daemon")?.process.kill()?;
+    wait_for_traffic(&world, Duration::from_secs(30))?;
+    watch.check("provider killed")?;
+    let tried = watch.end(stop(&world))?;
+    ensure!(tried > 100, "the flood tried only {tried} times");
+    Ok(())
 }
 
 #[test]
 fn while_nothing_connects_everything_is_blocked_and_paying_works() -> Result<()> {
     let mut world = build(&[8], |environment| environment)?;
-    world.pay()?;
-    let capture = watch(&world)?;
-    world.ask().connect(CONNECT_PATIENCE)?;
-    // The only provider dies: the session goes on looking for another.
+    let watch = connect_watched(&world)?;
     for provider in &mut world.providers {
         provider.process.kill()?;
     }
@@ -155,34 +137,221 @@ fn while_nothing_connects_everything_is_blocked_and_paying_works() -> Result<()>
         })?;
     let until = Instant::now() + Duration::from_secs(4);
     while Instant::now() < until {
-        send_everywhere(&world)?;
         ensure!(
             world.ask().namespace().connect(WEB_SITE, TIMEOUT).is_err(),
             "something passes without a tunnel"
         );
     }
-    // While blocked the control plane is reached.
     let checkout = world.ask().begin_checkout()?;
     ensure!(!checkout.is_empty());
-    none_leaked(&capture)
+    watch.end(stop(&world)).map(drop)
 }
 
 #[test]
-fn a_killed_daemon_leaves_everything_blocked_and_its_successor_connects() -> Result<()> {
+fn a_daemon_killed_at_any_moment_leaves_everything_blocked_and_its_successor_connects() -> Result<()> {
+    let rounds = if std::env::var_os("DVPN_SOAK").is_some() {
+        200
+    } else {
+        8
+    };
     let mut world = build(&[8], |environment| environment)?;
-    world.pay_and_connect()?;
-    let capture = watch(&world)?;
-    world.client.process.kill()?;
-    for _ in 0..5 {
-        send_everywhere(&world)?;
-        ensure!(world.ask().namespace().connect(WEB_SITE, TIMEOUT).is_err());
+    let watch = connect_watched(&world)?;
+    for round in 0_u64..rounds {
+        // Somewhere in the start, the attempt, the set-up, or after it.
+        std::thread::sleep(Duration::from_millis(round * 61 % 490));
+        world.client.process.kill()?;
+        ensure!(
+            world.ask().namespace().connect(WEB_SITE, TIMEOUT).is_err(),
+            "something passes beside a dead daemon in round {round}"
+        );
+        let environment = world.client.environment.clone();
+        world.client = Daemon::spawn(&world.network, &world.network.client, environment)?;
+        watch.check("killed and started again")?;
     }
+    wait_for_traffic(&world, CONNECT_PATIENCE)?;
+    // A service manager's restart is no Stop: the daemon goes, what blocks stays.
+    world.client.process.signal(Signal::SIGUSR1)?;
+    let ended = world.client.process.wait_exit(PATIENCE)?;
+    ensure!(ended.success(), "the daemon ended with {ended}");
+    ensure!(world.ask().namespace().connect(WEB_SITE, TIMEOUT).is_err());
+    watch.check("restarted")?;
     let environment = world.client.environment.clone();
     world.client = Daemon::spawn(&world.network, &world.network.client, environment)?;
-    world.ask().wait_state(StateName::Connected, CONNECT_PATIENCE)?;
-    exit_address(&world)?;
-    send_everywhere(&world)?;
-    none_leaked(&capture)?;
-    world.ask().disconnect(CONNECT_PATIENCE)?;
-    plant(&world, &capture)
+    wait_for_traffic(&world, CONNECT_PATIENCE)?;
+    watch.end(stop(&world)).map(drop)
+}
+
+#[test]
+fn cleanup_opens_what_a_killed_daemon_left_and_a_new_start_alone_does_not() -> Result<()> {
+    let mut world = build(&[8], |environment| environment)?;
+    let before = network_of(&world)?;
+    world.pay_and_connect()?;
+    world.client.process.kill()?;
+    let environment = world.client.environment.clone();
+    Daemon::run(&world.network, &world.network.client, &environment, &["--cleanup"])?;
+    let after = network_of(&world)?;
+    ensure!(after == before, "--cleanup left something:\n{after}\nbefore:\n{before}");
+    Ok(())
+}
+
+#[test]
+fn what_others_do_to_rules_routes_and_firewall_lets_nothing_out_and_is_undone() -> Result<()> {
+    let world = build(&[8], |environment| environment)?;
+    let watch = connect_watched(&world)?;
+    let namespace = world.ask().namespace();
+    let sh = |script: &str| namespace.output("sh", &["-euc", script]);
+    let standing = sh("nft --stateless list table inet dvpn; ip rule; ip -6 rule; ip route show table 3329; true")?;
+    let rows = [
+        ("ruleset flushed", "nft flush ruleset"),
+        ("table deleted", "nft delete table inet dvpn"),
+        ("chain flushed", "nft flush chain inet dvpn leaving"),
+        (
+            "rules deleted",
+            "while ip rule del lookup 3329; do :; done; while ip -6 rule del lookup 3329; do :; done; true",
+        ),
+        (
+            "routes flushed",
+            "ip route flush table 3329; ip -6 route flush table 3329",
+        ),
+        ("addresses flushed", "ip addr flush dev dvpn0"),
+    ];
+    for (what, script) in rows {
+        sh(script).with_context(|| what.to_owned())?;
+        let mut last = String::new();
+        wait_for("the repair", REPAIRED_WITHIN, || {
+            last = sh(
+                "nft --stateless list table inet dvpn || true; ip rule; ip -6 rule; ip route show table 3329; true",
+            )?;
+            Ok((last == standing).then_some(()))
+        })
+        .with_context(|| format!("{what}: it stood\n{standing}\nand now\n{last}"))?;
+        wait_for_traffic(&world, PATIENCE).with_context(|| what.to_owned())?;
+        watch.check(what)?;
+    }
+    // Routes that are more specific than a default route lead nobody away.
+    sh(&format!(
+        "ip route add 0.0.0.0/1 via 203.0.113.1 dev {UPLINK}; ip route add 128.0.0.0/1 via 203.0.113.1 dev {UPLINK}"
+    ))?;
+    wait_for_traffic(&world, PATIENCE)?;
+    watch.check("routes 0/1 and 128/1")?;
+    sh("ip route del 0.0.0.0/1; ip route del 128.0.0.0/1")?;
+    // Answers pass the check of their way back, however strict; it is the uplink's and the tunnel's.
+    for strictness in ["1", "2", "0"] {
+        namespace.sysctl("ipv4/conf/all/rp_filter", strictness)?;
+        // What a change of the network brings: the daemon looks again.
+        sh("ip link add dvpntest type veth; ip link del dvpntest")?;
+        wait_for("a session under rp_filter", CONNECT_PATIENCE, || {
+            namespace.ip("link del dvpn0").ok();
+            Ok(wait_for_traffic(&world, PATIENCE).ok())
+        })
+        .with_context(|| format!("rp_filter {strictness}: {}", world.client.process.log_tail()))?;
+        watch.check("rp_filter")?;
+    }
+    watch.end(stop(&world)).map(drop)
+}
+
+/// A namespace behind a bridge of the client, as containers are.
+fn container(world: &World) -> Result<Namespace> {
+    let client = world.ask().namespace();
+    let inside = Namespace::create(&format!("{PREFIX}{}-container", unique_id()))?;
+    client.ip(&format!(
+        "link add br-test type bridge\nlink add veth-test type veth peer name eth0 netns {}\n\
+         link set veth-test master br-test\naddr add 172.29.0.1/16 dev br-test\nlink set veth-test up\n\
+         link set br-test up",
+        inside.name()
+    ))?;
+    inside.ip("link set eth0 up\naddr add 172.29.0.2/16 dev eth0\nroute add default via 172.29.0.1")?;
+    client.sysctl("ipv4/ip_forward", "1")?;
+    Ok(inside)
+}
+
+#[test]
+fn what_containers_send_goes_through_the_tunnel_or_nowhere() -> Result<()> {
+    let mut world = build(&[8], |environment| environment)?;
+    let container = container(&world)?;
+    let watch = connect_watched(&world)?;
+    // Its way out began before the session or after it: the network is looked at when the session begins.
+    let exit = exit_address(&container, PATIENCE).with_context(|| world.client.process.log_tail())?;
+    ensure!(is_provider(&world, exit), "the container's traffic left through {exit}");
+    // The machine itself reaches its containers, and they it.
+    let listener = container.listen((Ipv4Addr::new(172, 29, 0, 2), 8080).into())?;
+    world
+        .ask()
+        .namespace()
+        .connect((Ipv4Addr::new(172, 29, 0, 2), 8080).into(), PATIENCE)?;
+    drop(listener);
+    let ssh = world.ask().namespace().listen((Ipv4Addr::UNSPECIFIED, 2222).into())?;
+    container.connect((Ipv4Addr::new(172, 29, 0, 1), 2222).into(), PATIENCE)?;
+    drop(ssh);
+    world.client.process.kill()?;
+    ensure!(
+        container.connect(WEB_SITE, TIMEOUT).is_err(),
+        "a container passes beside a dead daemon"
+    );
+    watch.check("container")?;
+    let environment = world.client.environment.clone();
+    world.client = Daemon::spawn(&world.network, &world.network.client, environment)?;
+    wait_for_traffic(&world, CONNECT_PATIENCE)?;
+    exit_address(&container, PATIENCE)?;
+    watch.end(stop(&world)).map(drop)
+}
+
+/// Sends a line each way.
+fn talk(one: &mut TcpStream, other: &mut TcpStream) -> Result<()> {
+    for (from, to) in [(0, 1), (1, 0)] {
+        let (sender, receiver) = if from < to {
+            (&mut *one, &mut *other)
+        } else {
+            (&mut *other, &mut *one)
+        };
+        sender.write_all(b"still here\n")?;
+        let mut line = [0; 11];
+        receiver.read_exact(&mut line).context("the other side hears nothing")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn ssh_from_outside_survives_start_and_other_ports_are_closed() -> Result<()> {
+    let mut world = build(&[8], |environment| environment)?;
+    let (inside, outside) = (&world.network.client.namespace, &world.network.pool.namespace);
+    let daemon = inside.listen((Ipv4Addr::UNSPECIFIED, 22).into())?;
+    let other = inside.listen((Ipv4Addr::UNSPECIFIED, 8080).into())?;
+    let login = || -> Result<(TcpStream, TcpStream)> {
+        let far = outside.connect((CLIENT, 22).into(), PATIENCE)?;
+        let (near, _) = daemon.accept()?;
+        for end in [&far, &near] {
+            end.set_read_timeout(Some(PATIENCE))?;
+        }
+        Ok((far, near))
+    };
+    let mut before = login()?;
+    outside.connect((CLIENT, 8080).into(), PATIENCE)?;
+    world.pay_and_connect()?;
+    talk(&mut before.0, &mut before.1).context("the connection from before Start")?;
+    let mut during = login().context("a new connection while connected")?;
+    talk(&mut during.0, &mut during.1)?;
+    ensure!(
+        outside.connect((CLIENT, 8080).into(), TIMEOUT).is_err(),
+        "a port that is not named is reachable from outside"
+    );
+    // Blocked, with no daemon at all.
+    world.client.process.kill()?;
+    talk(&mut before.0, &mut before.1).context("the first connection while blocked")?;
+    talk(&mut during.0, &mut during.1).context("the second connection while blocked")?;
+    let mut blocked = login().context("a new connection while blocked")?;
+    talk(&mut blocked.0, &mut blocked.1)?;
+    drop(other);
+    // A program that takes such a port for its own connections gets nowhere.
+    let sly = inside.run(|| -> Result<bool> {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        let bound = socket.bind(&SocketAddr::from((CLIENT, 22)).into());
+        Ok(bound.is_ok() && socket.connect_timeout(&WEB_SITE.into(), TIMEOUT).is_ok())
+    })??;
+    if sly {
+        bail!("a connection from port 22 passes");
+    }
+    Ok(())
 }

@@ -157,6 +157,13 @@ impl Capture {
         self.shared.matched.load(Ordering::Acquire)
     }
 
+    /// Begins to count anew.
+    pub fn forget(&self) {
+        let mut samples = self.shared.samples.lock().unwrap_or_else(PoisonError::into_inner);
+        samples.clear();
+        self.shared.matched.store(0, Ordering::Release);
+    }
+
     /// The first matching frames, for messages.
     pub fn samples(&self) -> Vec<String> {
         self.shared

@@ -27,6 +27,7 @@ pub mod client;
 pub mod hours;
 pub mod http;
 pub mod https;
+pub mod leak;
 pub mod namespace;
 pub mod network;
 pub mod node;

@@ -102,8 +102,11 @@ fn each_rule_refuses_and_names_its_setting() {
         ),
         (&[("SOCKS5_PASSWORD", "x")], "SOCKS5_USER"),
         (&[("CONTROL_LISTEN", "[::]:9808")], "CONTROL_TOKEN"),
-        (&[("TUNNEL_MODE", "device")], "no device mode"),
-        (&[("TUNNEL_MODE", "x")], "must be app"),
+        (&[("TUNNEL_MODE", "x")], "must be app or device"),
+        (
+            &[("TUNNEL_MODE", "device"), ("KILL_SWITCH", "perhaps")],
+            "true or false",
+        ),
         (&[("WG_ADDRESS", "10.0.0.1/33")], "10.8.0.2/32"),
         (&[("WG_ADDRESS", "10.0.0.1,10.0.0.2")], "at most one"),
         (&[("WG_ADDRESS", "224.0.0.1")], "WG_ADDRESS"),
@@ -128,13 +131,30 @@ fn each_rule_refuses_and_names_its_setting() {
 }
 
 #[test]
+fn device_mode_blocks_unless_told_not_to_and_app_mode_never() {
+    let tunnel = |values: &[(&str, &str)]| {
+        let tunnel = config(values).tunnel;
+        (tunnel.mode, tunnel.kill_switch, tunnel.lockdown)
+    };
+    let device = ("TUNNEL_MODE", "device");
+    assert_eq!(tunnel(&[]), (Mode::App, false, false));
+    assert_eq!(tunnel(&[("KILL_SWITCH", "false")]), (Mode::App, false, false));
+    assert_eq!(tunnel(&[device]), (Mode::Device, true, false));
+    assert_eq!(
+        tunnel(&[device, ("KILL_SWITCH", "false")]),
+        (Mode::Device, false, false)
+    );
+    assert_eq!(tunnel(&[device, ("LOCKDOWN", "true")]), (Mode::Device, true, true));
+}
+
+#[test]
 fn all_errors_come_at_once_and_no_secret_with_them() {
     let text = errors(&[
         ("WG_PRIVATE_KEY", "hunter2-private"),
         ("POOL_URL", "http://user:hunter2@pool/providers"),
         ("PAYMENT_API_URL", "https://user:hunter2@pool/payment"),
         ("NODE_PORT", "x"),
-        ("TUNNEL_MODE", "device"),
+        ("TUNNEL_MODE", "devices"),
     ]);
     assert_eq!(text.lines().count(), 5, "{text}");
     assert!(!text.contains("hunter2"), "{text}");

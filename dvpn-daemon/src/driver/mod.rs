@@ -83,10 +83,30 @@ pub struct Watchdog {
     pub feed: fn(),
 }
 
+/// What happened to the machine's network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// Packets to the internet leave another way than before.
+    OtherWayOut,
+    /// Something changed that is not ours: what is on which link may be different.
+    Changed,
+    /// Something of ours may be gone.
+    Loss,
+}
+
+/// What the service manager wants of a daemon that it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Termination {
+    /// The tunnel is taken down, and what was blocked is opened.
+    Stop,
+    /// A successor comes: what blocks stays.
+    Restart,
+}
+
 /// Why the driver ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// `Exit`: everything stays as it was.
+    /// `Exit`, or a restart: what blocks stays.
     Exit,
     /// The service manager: the tunnel is down.
     Terminated,
@@ -197,13 +217,13 @@ impl Driver {
     }
 
     /// Runs until told to end. `terminate` completes when the service manager ends the daemon; `reload` brings a new
-    /// configuration that was already checked; `network` says that addresses, routes or links changed.
+    /// configuration that was already checked; `events` says what happened to the machine.
     pub async fn run(
         mut self,
         mut commands: mpsc::Receiver<Command>,
         mut reload: mpsc::Receiver<Arc<Config>>,
-        mut network: mpsc::Receiver<()>,
-        terminate: impl Future<Output = ()>,
+        mut events: mpsc::Receiver<MachineEvent>,
+        terminate: impl Future<Output = Termination>,
     ) -> Ended {
         tokio::pin!(terminate);
         let mut path = self.path.subscribe();
@@ -234,12 +254,31 @@ impl Driver {
                     self.choice = self.parts.config.choice.clone();
                     self.feed_config().await;
                 }
-                Some(()) = network.recv() => self.feed(Input::NetworkChanged),
+                Some(event) = events.recv() => self.on_machine(event).await,
                 Ok(()) = path.changed() => {}
                 Some(_) = OptionFuture::from(signs_of_life.as_mut().map(Interval::tick)) => self.show_life(),
                 () = sleep => self.session.handle_timeout(now()),
-                () = &mut terminate => return self.terminate().await,
+                how = &mut terminate => return match how {
+                    Termination::Stop => self.terminate().await,
+                    Termination::Restart => self.make_way(),
+                },
             }
+        }
+    }
+
+    async fn on_machine(&mut self, event: MachineEvent) {
+        let done = match event {
+            MachineEvent::OtherWayOut => return self.feed(Input::NetworkChanged),
+            MachineEvent::Changed => self.parts.host.reassert_client().await.map(|()| false),
+            MachineEvent::Loss => self.parts.host.repair_client().await,
+        };
+        match done {
+            Ok(true) => {
+                tracing::warn!("another program changed our firewall, rules or routes: they were made again");
+                self.parts.audit.record(&Event::FirewallRepaired);
+            }
+            Ok(false) => {}
+            Err(error) => self.feed(Input::FirewallFailed(requests::firewall_failed(&error))),
         }
     }
 
@@ -438,6 +477,14 @@ impl Driver {
             }
             changed
         });
+    }
+
+    /// Ends for a successor, which finds the wish stored and everything blocked that is to be.
+    fn make_way(self) -> Ended {
+        self.parts.audit.record(&Event::Stopped {
+            reason: "the service manager restarts the daemon".to_owned(),
+        });
+        Ended::Exit
     }
 
     /// Takes the tunnel down without touching the stored wish.

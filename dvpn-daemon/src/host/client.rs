@@ -21,7 +21,7 @@ use super::{
     neighbours::Neighbour,
     netlink::Selector,
     nft::{self, expr::Family},
-    provider::{remembered, restore_settings},
+    provider::remembered,
 };
 
 /// Most addresses of pool, payment server and orchestrator that are open at once: those used last.
@@ -67,8 +67,12 @@ pub(super) struct ClientSide {
     /// As it was last seen.
     neighbours: Vec<Neighbour>,
     inbound: Vec<u16>,
-    /// The table is of this process's making.
-    made: bool,
+    /// Settings to put back. The table remembers them too, for a run after this one; but somebody may flush it.
+    remembered: Vec<Remembered>,
+    /// Something was asked for in this run. Before, what an earlier one left is left alone: it may be blocking.
+    told: bool,
+    /// How many rules the table has; nothing while it is not of this process's making.
+    made: Option<usize>,
 }
 
 impl Default for ClientSide {
@@ -82,7 +86,9 @@ impl Default for ClientSide {
             resolvers: BTreeSet::new(),
             neighbours: Vec::new(),
             inbound: Vec::new(),
-            made: false,
+            remembered: Vec::new(),
+            told: false,
+            made: None,
         }
     }
 }
@@ -105,7 +111,16 @@ impl ClientSide {
         self.network.as_ref().map_or(&[], |network| &network.addresses)
     }
 
-    fn table(&self, remembered: &[Remembered]) -> nft::batch::Batch {
+    /// What is known first is what there was before us.
+    fn remember(&mut self, settings: Vec<Remembered>) {
+        for setting in settings {
+            if !self.remembered.iter().any(|known| known.is_of(&setting)) {
+                self.remembered.push(setting);
+            }
+        }
+    }
+
+    fn table(&self) -> nft::batch::Batch {
         let control: BTreeSet<SocketAddr> = self.control.iter().copied().collect();
         let device = self.standing_device().map(|device| client_policy::Device {
             blocked: self.exemptions(),
@@ -119,9 +134,9 @@ impl ClientSide {
             guarded: &self.guarded,
             addresses: self.addresses(),
             device,
-            remembered,
+            remembered: &self.remembered,
         };
-        client_policy::table(&facts, !self.made)
+        client_policy::table(&facts, self.made.is_none())
     }
 
     /// Which packets look in which table, the first that applies first.
@@ -174,6 +189,7 @@ impl Host {
             return Err(Error::NotInAppMode);
         }
         side.policy = policy.clone();
+        side.told = true;
         self.settle(&mut side).await
     }
 
@@ -184,6 +200,7 @@ impl Host {
     pub async fn set_client_guard(&self, addresses: &[IpAddr]) -> Result<(), Error> {
         let mut side = self.inner.client.lock().await;
         side.guarded = addresses.to_vec();
+        side.told = true;
         self.settle(&mut side).await
     }
 
@@ -195,7 +212,7 @@ impl Host {
         side.control.extend(addresses);
         let surplus = side.control.len().saturating_sub(MAX_CONTROL);
         side.control.drain(..surplus);
-        if known { Ok(()) } else { self.commit_table(&mut side) }
+        if known { Ok(()) } else { commit_standing(&mut side) }
     }
 
     /// Lets our marked sockets ask these name servers from now on.
@@ -206,17 +223,60 @@ impl Host {
             return Ok(());
         }
         side.resolvers = servers;
-        self.commit_table(&mut side)
+        commit_standing(&mut side)
     }
 
     /// Looks at the machine again and makes everything stand as it should, whoever changed it.
     pub async fn reassert_client(&self) -> Result<(), Error> {
         let mut side = self.inner.client.lock().await;
+        if !side.told {
+            return Ok(());
+        }
         self.settle(&mut side).await?;
         match side.network.clone() {
             Some(network) if self.link(&network.interface).await?.is_some() => self.lead_through(&network).await,
             Some(_) | None => Ok(()),
         }
+    }
+
+    /// Makes everything stand again if somebody took something of it away; says whether they did.
+    pub async fn repair_client(&self) -> Result<bool, Error> {
+        let mut side = self.inner.client.lock().await;
+        if !side.told || self.client_stands(&side).await? {
+            return Ok(false);
+        }
+        // Whatever the table is now, it becomes ours in one transaction.
+        side.made = None;
+        self.settle(&mut side).await?;
+        if let Some(network) = side.network.clone()
+            && self.link(&network.interface).await?.is_some()
+        {
+            self.lead_through(&network).await?;
+        }
+        Ok(true)
+    }
+
+    async fn client_stands(&self, side: &ClientSide) -> Result<bool, Error> {
+        let rules = nft::read::rules(CLIENT_TABLE).map_err(|source| Error::FirewallRead {
+            table: CLIENT_TABLE,
+            source,
+        })?;
+        if side.made.unwrap_or(0) != rules {
+            return Ok(false);
+        }
+        let selectors = side.selectors();
+        if selectors.is_empty() {
+            return Ok(true);
+        }
+        let index = match &side.network {
+            Some(network) => self.link(&network.interface).await?.map(|link| link.index),
+            None => None,
+        };
+        let mut wanted = everything().map(|default| (default, None)).to_vec();
+        if let (Some(network), Some(index)) = (&side.network, index) {
+            wanted.extend(routes(network, index));
+        }
+        Ok(self.has_rules(&selectors).await? && self.has_routes(&wanted).await?)
     }
 
     /// Makes the client's addresses, routes and rules equal to `network`, replacing what was there of ours.
@@ -231,6 +291,7 @@ impl Host {
         };
         let mut side = self.inner.client.lock().await;
         side.network = Some(network.clone());
+        side.told = true;
         self.settle(&mut side).await?;
         self.lead_through(&network).await
     }
@@ -292,40 +353,43 @@ impl Host {
             self.delete_routes(&[]).await?;
         }
         if !table_stands {
-            restore_settings(CLIENT_TABLE)?;
+            side.remember(remembered(CLIENT_TABLE)?);
+            for setting in side.remembered.drain(..) {
+                setting.restore()?;
+            }
             nft::delete_table(CLIENT_TABLE).map_err(firewall_error)?;
-            side.made = false;
+            side.made = None;
         }
         Ok(())
     }
 
     /// The table with the settings that device mode needs, which it remembers before they are changed.
     async fn commit_with_settings(&self, side: &mut ClientSide) -> Result<(), Error> {
-        let before = remembered(CLIENT_TABLE)?;
         let new = match side.standing_device() {
             Some(_) => forwarding::client_needs(&self.uplink_names().await?)?,
             None => Vec::new(),
         };
-        let all: Vec<Remembered> = before.into_iter().chain(new.iter().cloned()).collect();
-        self.commit(side, &all)?;
+        side.remember(remembered(CLIENT_TABLE)?);
+        side.remember(new.clone());
+        commit(side)?;
         new.iter().try_for_each(Remembered::apply)
     }
+}
 
-    /// The table alone, if it stands.
-    fn commit_table(&self, side: &mut ClientSide) -> Result<(), Error> {
-        if side.standing_device().is_none() && side.guarded.is_empty() {
-            return Ok(());
-        }
-        let remembered = remembered(CLIENT_TABLE)?;
-        self.commit(side, &remembered)
+/// The table alone, if it stands.
+fn commit_standing(side: &mut ClientSide) -> Result<(), Error> {
+    if side.standing_device().is_none() && side.guarded.is_empty() {
+        return Ok(());
     }
+    commit(side)
+}
 
-    #[expect(clippy::unused_self, reason = "a change of the machine")]
-    fn commit(&self, side: &mut ClientSide, remembered: &[Remembered]) -> Result<(), Error> {
-        nft::commit(side.table(remembered)).map_err(firewall_error)?;
-        side.made = true;
-        Ok(())
-    }
+fn commit(side: &mut ClientSide) -> Result<(), Error> {
+    let batch = side.table();
+    let rules = batch.rules();
+    nft::commit(batch).map_err(firewall_error)?;
+    side.made = Some(rules);
+    Ok(())
 }
 
 fn firewall_error(source: std::io::Error) -> Error {

@@ -56,6 +56,11 @@ impl Remembered {
         Path::new(ROOT).join(&self.path)
     }
 
+    /// Whether both are about the same setting.
+    pub(super) fn is_of(&self, other: &Self) -> bool {
+        self.path == other.path
+    }
+
     fn is_ipv4_forwarding(&self) -> bool {
         self.path.starts_with("ipv4/") && self.path.ends_with("/forwarding")
     }

@@ -17,6 +17,7 @@ mod nft;
 mod provider;
 mod provider_meter;
 mod provider_policy;
+mod watch;
 mod way_out;
 
 use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc};

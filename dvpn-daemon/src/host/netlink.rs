@@ -245,6 +245,21 @@ pub(super) fn destination_of(message: &RouteMessage) -> Option<IpNetwork> {
     IpNetwork::new(address.unwrap_or(unspecified), message.header.destination_prefix_length).ok()
 }
 
+pub(super) fn is_own_route(route: &RouteMessage) -> bool {
+    table_of(route) == ROUTING_TABLE && route.header.protocol == RouteProtocol::Other(PROTOCOL)
+}
+
+/// Where a route of ours leads, and by which interface.
+fn place_of(route: &RouteMessage) -> Option<(IpNetwork, Option<u32>)> {
+    // The kernel reports an unreachable IPv6 route as one to the loopback interface.
+    let oif = if route.header.kind == RouteType::Unreachable {
+        None
+    } else {
+        oif_of(route)
+    };
+    Some((destination_of(route)?, oif))
+}
+
 impl Host {
     pub(super) async fn links(&self) -> Result<Vec<Link>, Error> {
         self.netlink()
@@ -345,6 +360,23 @@ impl Host {
         Ok(ours)
     }
 
+    /// Whether each of these is there.
+    pub(super) async fn has_rules(&self, wanted: &[Selector]) -> Result<bool, Error> {
+        let rules = self.own_rules().await?;
+        let there = |selector: &Selector| rules.iter().any(|rule| selector.selects_as(rule));
+        Ok(wanted.iter().all(there))
+    }
+
+    /// Whether each of these (destination, interface) is in our table.
+    pub(super) async fn has_routes(&self, wanted: &[(IpNetwork, Option<u32>)]) -> Result<bool, Error> {
+        let routes = self.routes().await?.into_iter();
+        let there: Vec<_> = routes
+            .filter(is_own_route)
+            .filter_map(|route| place_of(&route))
+            .collect();
+        Ok(wanted.iter().all(|route| there.contains(route)))
+    }
+
     /// Removes those of our rules that are not in `keep`; says how many there were.
     pub(super) async fn delete_rules(&self, keep: &[Selector]) -> Result<usize, Error> {
         let mut count = 0;
@@ -365,15 +397,8 @@ impl Host {
     pub(super) async fn delete_routes(&self, keep: &[(IpNetwork, Option<u32>)]) -> Result<usize, Error> {
         let mut count = 0;
         for route in self.routes().await? {
-            let ours = table_of(&route) == ROUTING_TABLE && route.header.protocol == RouteProtocol::Other(PROTOCOL);
-            // The kernel reports an unreachable IPv6 route as one to the loopback interface.
-            let oif = if route.header.kind == RouteType::Unreachable {
-                None
-            } else {
-                oif_of(&route)
-            };
-            let kept = destination_of(&route).is_some_and(|to| keep.contains(&(to, oif)));
-            if ours && !kept {
+            let kept = place_of(&route).is_some_and(|place| keep.contains(&place));
+            if is_own_route(&route) && !kept {
                 count += 1;
                 or_gone(
                     self.netlink().route().del(route).execute().await,

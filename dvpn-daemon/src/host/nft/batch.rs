@@ -187,6 +187,12 @@ impl Batch {
         self.push(NLM_F_CREATE, NfTablesMessage::NewSet(SetMessage { attributes }));
     }
 
+    /// How many rules it makes.
+    pub(crate) fn rules(&self) -> usize {
+        let made = |operation: &&(u16, NfTablesMessage)| matches!(operation.1, NfTablesMessage::NewRule(_));
+        self.operations.iter().filter(made).count()
+    }
+
     /// Appends a rule to a chain.
     pub(crate) fn rule(&mut self, chain: &str, rule: Rule) {
         let mut attributes = vec![

@@ -11,6 +11,13 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use batch::Batch;
 
 const HEADER_BYTES: usize = 16;
+const NETFILTER_HEADER_BYTES: usize = 4;
+/// `NFNL_SUBSYS_NFTABLES`
+const SUBSYSTEM: u16 = 10;
+/// `NFT_MSG_DELTABLE`, `NFT_MSG_DELCHAIN`, `NFT_MSG_DELRULE`
+const GONE: [u16; 3] = [2, 5, 8];
+/// `NFTA_TABLE_NAME`, `NFTA_CHAIN_TABLE`, `NFTA_RULE_TABLE`
+const NAME_OF_TABLE: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 
@@ -80,6 +87,15 @@ pub(crate) fn commit(batch: Batch) -> io::Result<()> {
     } else {
         Err(io::Error::other("the kernel did not acknowledge the transaction"))
     }
+}
+
+/// Whether one of these messages says that the table, or something in it, is gone.
+pub(crate) fn takes_away(events: &[u8], table: &str) -> bool {
+    answers(events).iter().any(|event| {
+        let attributes = event.payload.get(NETFILTER_HEADER_BYTES..).unwrap_or_default();
+        GONE.map(|message| (SUBSYSTEM << 8) | message).contains(&event.kind)
+            && read::text(attributes, NAME_OF_TABLE).as_deref() == Some(table)
+    })
 }
 
 /// Removes a table; false if there was none.

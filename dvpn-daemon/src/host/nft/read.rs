@@ -4,16 +4,16 @@ use std::{collections::BTreeMap, io, net::IpAddr};
 
 use netlink_packet_core::{DefaultNla, Emitable as _, NlasIterator};
 
-use super::{Answer, NLMSG_DONE, NLMSG_ERROR, answers, error_code, expr::nul_terminated, open};
+use super::{
+    Answer, NETFILTER_HEADER_BYTES, NLMSG_DONE, NLMSG_ERROR, SUBSYSTEM, answers, error_code, expr::nul_terminated, open,
+};
 
-const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFT_MSG_GETRULE: u16 = 7;
 const NFT_MSG_GETSETELEM: u16 = 13;
 const NFT_MSG_GETOBJ: u16 = 19;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_DUMP: u16 = 0x300;
 const NFPROTO_INET: u8 = 1;
-const NETFILTER_HEADER_BYTES: usize = 4;
 
 const NFTA_OBJ_TABLE: u16 = 1;
 const NFTA_OBJ_NAME: u16 = 2;
@@ -92,6 +92,15 @@ fn counter(data: &[u8]) -> CounterValue {
     }
 }
 
+/// How many rules a table has; none if there is no such table.
+pub(crate) fn rules(table: &str) -> io::Result<usize> {
+    let mut count = 0;
+    dump(NFT_MSG_GETRULE, &[], |attributes| {
+        count += usize::from(text(attributes, NFTA_RULE_TABLE).as_deref() == Some(table));
+    })?;
+    Ok(count)
+}
+
 /// The comments of a table's rules, in no particular order.
 pub(crate) fn comments(table: &str) -> io::Result<Vec<String>> {
     let mut found = Vec::new();
@@ -112,7 +121,7 @@ fn dump(request: u16, which: &[DefaultNla], mut each: impl FnMut(&[u8])) -> io::
     let mut selection = vec![0; which.buffer_len()];
     which.emit(&mut selection);
     let length = u32::try_from(20 + selection.len()).unwrap_or(u32::MAX);
-    let kind = (NFNL_SUBSYS_NFTABLES << 8) | request;
+    let kind = (SUBSYSTEM << 8) | request;
     let mut bytes = length.to_ne_bytes().to_vec();
     bytes.extend(kind.to_ne_bytes());
     bytes.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
@@ -143,7 +152,7 @@ fn attribute(bytes: &[u8], wanted: u16) -> Option<Vec<u8>> {
         .map(|nla| nla.value().to_vec())
 }
 
-fn text(bytes: &[u8], wanted: u16) -> Option<String> {
+pub(super) fn text(bytes: &[u8], wanted: u16) -> Option<String> {
     let value = attribute(bytes, wanted)?;
     let value = value.strip_suffix(&[0]).unwrap_or(&value);
     Some(String::from_utf8_lossy(value).into_owned())

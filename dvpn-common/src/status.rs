@@ -227,6 +227,9 @@ pub struct Status {
     pub tx_bytes: u64,
     /// True when the WireGuard key is the configured one and not made fresh.
     pub static_key: bool,
+    /// A start over SSH is taken back then, unless Start is called once more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirm_by: Option<Timestamp>,
     /// This install as a provider, if its owner opted in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<NodeStatus>,

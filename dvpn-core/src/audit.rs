@@ -119,6 +119,8 @@ pub enum Event {
     },
     /// Somebody else took something of the firewall, rules or routes away; it was made again.
     FirewallRepaired,
+    /// A start over SSH was not confirmed.
+    StartTakenBack,
     /// A checkout was begun.
     CheckoutStarted,
     /// A payment token was stored.

@@ -28,6 +28,7 @@ pub mod node;
 pub mod payment;
 pub mod pool_key;
 pub mod possession;
+pub mod rollback;
 pub mod seal;
 pub mod selection;
 pub mod session;

@@ -16,6 +16,7 @@
 //! | [`audit`], [`logs`] | the audit stream, the log and its tail |
 
 pub mod audit;
+pub mod clock;
 pub mod control;
 pub mod control_plane;
 pub mod driver;

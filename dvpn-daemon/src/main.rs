@@ -28,5 +28,6 @@ fn main() -> ExitCode {
         Task::Run | Task::Simulate { .. } => run::serve(arguments, config, node::device()),
         Task::CheckConfig => run::print("the configuration is good"),
         Task::Cleanup => run::cleanup(&config.bpf_directory),
+        Task::EarlyBoot => run::early_boot(&config),
     }
 }

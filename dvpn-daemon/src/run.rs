@@ -14,6 +14,7 @@ use dvpn_common::status::{NodeStatus, Problem};
 use dvpn_core::{
     audit::Event,
     config::{Config, Mode},
+    firewall::{Exemptions, Policy},
     session::Restored,
 };
 use futures::{Stream, StreamExt as _};
@@ -29,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     audit::Audit,
+    clock::{self, Jump},
     control::{self, Control, metrics::Metrics, payments::Payments},
     control_plane::{self, ControlPlane},
     driver::{Driver, Ended, MachineEvent, Parts, Termination, Views, Watchdog},
@@ -40,7 +42,7 @@ use crate::{
     provider::{ProviderStatus, TunnelFactory},
     settings::{self, Arguments, EXIT_CONFIG},
     socks5,
-    state::{Lock, State},
+    state::{self, Lock, State},
     tunnel::CLIENT_INTERFACE,
 };
 
@@ -121,6 +123,28 @@ pub fn cleanup(bpf_directory: &Path) -> ExitCode {
     }
     let printed = print(&lines.join("\n"));
     if code == ExitCode::SUCCESS { printed } else { code }
+}
+
+/// `--early-boot`: blocks before there is a network, if the service is going to. The service adopts it.
+pub fn early_boot(config: &Config) -> ExitCode {
+    let tunnel = &config.tunnel;
+    let blocks = tunnel.mode == Mode::Device
+        && (tunnel.lockdown || (tunnel.kill_switch && state::stored_wish(&config.state_directory)));
+    if !blocks {
+        return print("nothing is to be blocked");
+    }
+    let blocked = runtime().and_then(|runtime| {
+        runtime.block_on(async {
+            let host = Host::open()?;
+            host.device_mode(device_config(config)).await;
+            host.apply_policy(&Policy::Blocked(Exemptions::default())).await?;
+            Ok(())
+        })
+    });
+    match blocked {
+        Ok(()) => print("everything is blocked until the service runs"),
+        Err(error) => complain(&format!("{error:#}")),
+    }
 }
 
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
@@ -289,19 +313,22 @@ async fn device_mode(config: &Config, host: &Arc<Host>, state: &State) -> Option
     if config.tunnel.mode != Mode::Device {
         return None;
     }
+    host.device_mode(device_config(config)).await;
+    let servers = Arc::new(control_plane::servers_of_resolv_conf);
+    Some(ControlPlane::new(Arc::clone(host), state.clone(), servers))
+}
+
+fn device_config(config: &Config) -> DeviceConfig {
     let served = if config.node.register {
         vec![config.node.port, config.node.probe_port]
     } else {
         Vec::new()
     };
-    host.device_mode(DeviceConfig {
+    DeviceConfig {
         allow_lan: config.tunnel.allow_lan,
         inbound: config.tunnel.allow_inbound.clone(),
         served,
-    })
-    .await;
-    let servers = Arc::new(control_plane::servers_of_resolv_conf);
-    Some(ControlPlane::new(Arc::clone(host), state.clone(), servers))
+    }
 }
 
 /// Bytes from the operating system's generator.
@@ -517,6 +544,7 @@ async fn watch_machine(host: &Host, mode: Mode) -> mpsc::Receiver<MachineEvent> 
         Ok(changes) => forward(changes, MachineEvent::OtherWayOut, sender.clone()),
         Err(error) => tracing::warn!("changes of the network are not seen: {}", chain(&error)),
     }
+    watch_clock(sender.clone());
     if mode == Mode::Device {
         match host.network_changes().await {
             Ok(changes) => forward(changes, MachineEvent::Changed, sender.clone()),
@@ -528,6 +556,28 @@ async fn watch_machine(host: &Host, mode: Mode) -> mpsc::Receiver<MachineEvent> 
         }
     }
     receiver
+}
+
+fn watch_clock(sender: mpsc::Sender<MachineEvent>) {
+    match clock::jumps() {
+        Ok(mut jumps) => {
+            tokio::spawn(async move {
+                while let Some(jump) = jumps.recv().await {
+                    let event = match jump {
+                        Jump::Slept(slept) => {
+                            tracing::info!("this machine slept for {} s", slept.as_secs());
+                            MachineEvent::Resumed
+                        }
+                        Jump::Set => MachineEvent::ClockSet,
+                    };
+                    if sender.send(event).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        Err(error) => tracing::warn!("the end of a suspension is not seen: {error}"),
+    }
 }
 
 fn forward(stream: impl Stream<Item = ()> + Send + 'static, event: MachineEvent, sender: mpsc::Sender<MachineEvent>) {

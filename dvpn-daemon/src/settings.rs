@@ -36,6 +36,8 @@ pub enum Task {
     CheckConfig,
     /// Take away everything of ours from this machine's network, leave.
     Cleanup,
+    /// Block, if a session is wanted and blocks; leave. For the time before there is a network.
+    EarlyBoot,
     /// Play this many simulated sessions, leave.
     Simulate {
         /// How many.
@@ -124,6 +126,10 @@ pub fn command() -> Command {
         .arg(task(
             "cleanup",
             "Remove everything of DVPN from this machine's network (opens a kill switch), exit",
+        ))
+        .arg(task(
+            "early-boot",
+            "In device mode: block now what the service will block when it starts, exit; before the network is up",
         ))
         .arg(
             Arg::new("simulate")
@@ -235,6 +241,7 @@ fn task(matches: &ArgMatches) -> Task {
         Some(&seeds) => Task::Simulate { seeds },
         None if matches.get_flag("check-config") => Task::CheckConfig,
         None if matches.get_flag("cleanup") => Task::Cleanup,
+        None if matches.get_flag("early-boot") => Task::EarlyBoot,
         None => Task::Run,
     }
 }

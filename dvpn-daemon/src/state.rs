@@ -136,6 +136,23 @@ struct Inner {
     sealer: Sealer,
 }
 
+/// Whether a session is wanted, as a directory of state says that is only read. A wish that does not read counts as one: a
+/// daemon that forgets to connect leaves its user unprotected, one that connects unasked does not.
+pub fn stored_wish(directory: &Path) -> bool {
+    read_wish(files::read(&directory.join(WISH)))
+}
+
+fn read_wish(stored: Result<Option<Vec<u8>>, Error>) -> bool {
+    match stored {
+        Ok(None) => false,
+        Ok(Some(bytes)) => bytes.trim_ascii() != b"none",
+        Err(error) => {
+            tracing::warn!(%error, "the stored wish does not read; connecting");
+            true
+        }
+    }
+}
+
 impl State {
     /// Opens the directory, making it if need be. Derives no key: that happens at the first sealed read or write.
     pub fn open(directory: &Path, passphrase: Option<&Secret>) -> Result<Self, Error> {
@@ -219,17 +236,9 @@ impl State {
         self.inner.files.remove(CHECKOUT)
     }
 
-    /// Whether a session is wanted. A wish that does not read counts as one: a daemon that forgets to connect leaves
-    /// its user unprotected, one that connects unasked does not.
+    /// Whether a session is wanted: see [`stored_wish`].
     pub fn wish(&self) -> bool {
-        match self.inner.files.read(WISH) {
-            Ok(None) => false,
-            Ok(Some(bytes)) => bytes.trim_ascii() != b"none",
-            Err(error) => {
-                tracing::warn!(%error, "the stored wish does not read; connecting");
-                true
-            }
-        }
+        read_wish(self.inner.files.read(WISH))
     }
 
     /// Stores whether a session is wanted.

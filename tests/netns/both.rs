@@ -16,8 +16,27 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_node_serves_its_clients_by_its_uplink_while_it_is_itself_a_client_elsewhere() -> Result<()> {
+    serves_and_connects("app")
+}
+
+#[test]
+fn so_does_a_node_all_of_whose_own_traffic_goes_through_its_tunnel() -> Result<()> {
+    serves_and_connects("device")
+}
+
+/// The node's own TUNNEL_MODE.
+fn serves_and_connects(mode: &str) -> Result<()> {
     let config = NetworkConfig::with_round_trips(&unique_id(), &[8, 10]);
-    let world = World::build_with(&config, |environment| environment.with("PROVIDERS_ONLY", "provider-a"))?;
+    let mut world = World::build_with(&config, |environment| environment.with("PROVIDERS_ONLY", "provider-a"))?;
+    if mode == "device" {
+        let mut daemon = world.providers.remove(0);
+        daemon.process.kill()?;
+        let environment = daemon.environment.clone().with("TUNNEL_MODE", mode);
+        drop(daemon);
+        let machine = world.network.providers.first().context("the node's machine")?;
+        let again = node::Daemon::spawn(&world.network, machine, environment)?;
+        world.providers.insert(0, again);
+    }
     let [node, other] = world.network.providers.as_slice() else {
         anyhow::bail!("two providers")
     };
@@ -50,6 +69,13 @@ fn a_node_serves_its_clients_by_its_uplink_while_it_is_itself_a_client_elsewhere
         daemon.client.exit_address(TIMEOUT)? == other.address,
         "the node's own traffic leaves elsewhere"
     );
+    if mode == "device" {
+        let exit = dvpn_tests::leak::exit_address(&node.namespace, TIMEOUT)?;
+        ensure!(
+            exit == std::net::IpAddr::V4(other.address),
+            "an ordinary program leaves through {exit}"
+        );
+    }
     ensure!(
         world.ask().exit_address(TIMEOUT)? == node.address,
         "its client's traffic goes by the node's uplink and not into the node's tunnel"

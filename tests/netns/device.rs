@@ -4,6 +4,8 @@
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
+    path::Path as FilePath,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -12,9 +14,9 @@ use dvpn_common::status::StateName;
 use dvpn_tests::{
     leak::{LeakWatch, UPLINK, exit_address},
     namespace::Namespace,
-    network::{CLIENT, NetworkConfig, PREFIX, WEB},
-    node::{Daemon, Environment},
-    process::wait_for,
+    network::{CLIENT, NetworkConfig, POOL, PREFIX, ROOT, WEB},
+    node::{Daemon, Environment, POOL_PORT},
+    process::{Process, Surroundings, program, wait_for},
     snapshot,
     world::{CONNECT_PATIENCE, World, unique_id},
 };
@@ -26,6 +28,13 @@ const WEB_SITE: SocketAddr = SocketAddr::new(IpAddr::V4(WEB), 80);
 /// What others do to the machine is undone within this long; the figure is for a busy one.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(2);
 
+/// Whether the long tests run.
+fn is_long() -> bool {
+    ["DVPN_CI_LONG", "DVPN_SOAK"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some())
+}
+
 /// A client in device mode among providers at these round-trip times.
 fn build(round_trips_ms: &[u64], told: impl FnOnce(Environment) -> Environment) -> Result<World> {
     let network = NetworkConfig::with_round_trips(&unique_id(), round_trips_ms);
@@ -33,7 +42,7 @@ fn build(round_trips_ms: &[u64], told: impl FnOnce(Environment) -> Environment) 
 }
 
 /// Pays and connects with everything watched from before the first packet.
-fn connect_watched(world: &World) -> Result<LeakWatch> {
+pub(crate) fn connect_watched(world: &World, patience: Duration) -> Result<LeakWatch> {
     world.pay()?;
     let mut watch = LeakWatch::begin(&world.network.client)?;
     world.ask().start()?;
@@ -44,7 +53,7 @@ fn connect_watched(world: &World) -> Result<LeakWatch> {
     watch.flood()?;
     world
         .ask()
-        .wait_state(StateName::Connected, CONNECT_PATIENCE)
+        .wait_state(StateName::Connected, patience)
         .with_context(|| world.client.process.log_tail())?;
     Ok(watch)
 }
@@ -73,7 +82,7 @@ fn wait_for_traffic(world: &World, patience: Duration) -> Result<()> {
     .with_context(|| world.client.process.log_tail())
 }
 
-fn stop(world: &World) -> impl FnOnce() -> Result<()> + '_ {
+pub(crate) fn stop(world: &World) -> impl FnOnce() -> Result<()> + '_ {
     || world.ask().disconnect(CONNECT_PATIENCE).map(drop)
 }
 
@@ -106,7 +115,7 @@ fn every_program_goes_through_the_tunnel_and_after_stop_the_machine_is_as_before
 #[test]
 fn nothing_leaks_while_sessions_begin_lose_their_interface_and_change_providers() -> Result<()> {
     let mut world = build(&[8, 10], |environment| environment)?;
-    let watch = connect_watched(&world)?;
+    let watch = connect_watched(&world, CONNECT_PATIENCE)?;
     for round in 0..3 {
         world.ask().namespace().ip("link del dvpn0")?;
         // A session that is lost again and again waits longer each time.
@@ -126,7 +135,7 @@ fn nothing_leaks_while_sessions_begin_lose_their_interface_and_change_providers(
 #[test]
 fn while_nothing_connects_everything_is_blocked_and_paying_works() -> Result<()> {
     let mut world = build(&[8], |environment| environment)?;
-    let watch = connect_watched(&world)?;
+    let watch = connect_watched(&world, CONNECT_PATIENCE)?;
     for provider in &mut world.providers {
         provider.process.kill()?;
     }
@@ -155,7 +164,7 @@ fn a_daemon_killed_at_any_moment_leaves_everything_blocked_and_its_successor_con
         8
     };
     let mut world = build(&[8], |environment| environment)?;
-    let watch = connect_watched(&world)?;
+    let watch = connect_watched(&world, CONNECT_PATIENCE)?;
     for round in 0_u64..rounds {
         // Somewhere in the start, the attempt, the set-up, or after it.
         std::thread::sleep(Duration::from_millis(round * 61 % 490));
@@ -197,7 +206,7 @@ fn cleanup_opens_what_a_killed_daemon_left_and_a_new_start_alone_does_not() -> R
 #[test]
 fn what_others_do_to_rules_routes_and_firewall_lets_nothing_out_and_is_undone() -> Result<()> {
     let world = build(&[8], |environment| environment)?;
-    let watch = connect_watched(&world)?;
+    let watch = connect_watched(&world, CONNECT_PATIENCE)?;
     let namespace = world.ask().namespace();
     let sh = |script: &str| namespace.output("sh", &["-euc", script]);
     let standing = sh("nft --stateless list table inet dvpn; ip rule; ip -6 rule; ip route show table 3329; true")?;
@@ -269,7 +278,7 @@ fn container(world: &World) -> Result<Namespace> {
 fn what_containers_send_goes_through_the_tunnel_or_nowhere() -> Result<()> {
     let mut world = build(&[8], |environment| environment)?;
     let container = container(&world)?;
-    let watch = connect_watched(&world)?;
+    let watch = connect_watched(&world, CONNECT_PATIENCE)?;
     // Its way out began before the session or after it: the network is looked at when the session begins.
     let exit = exit_address(&container, PATIENCE).with_context(|| world.client.process.log_tail())?;
     ensure!(is_provider(&world, exit), "the container's traffic left through {exit}");
@@ -354,4 +363,113 @@ fn ssh_from_outside_survives_start_and_other_ports_are_closed() -> Result<()> {
         bail!("a connection from port 22 passes");
     }
     Ok(())
+}
+
+#[test]
+fn a_start_over_ssh_is_taken_back_unless_it_is_confirmed() -> Result<()> {
+    let world = build(&[8], |environment| environment)?;
+    world.pay()?;
+    let armed = |what: &str, wanted: bool| {
+        let shown = move |status: &dvpn_common::status::Status| status.confirm_by.is_some() == wanted;
+        world.ask().wait_status(what, PATIENCE, shown)
+    };
+    world.ask().bus().call_over_ssh("Start")?;
+    let status = armed("a start to be confirmed", true)?;
+    let left = status
+        .confirm_by
+        .context("a moment")?
+        .duration_since(jiff::Timestamp::now());
+    ensure!((50..=60).contains(&left.as_secs()), "{left:?} to confirm");
+    world.ask().wait_state(StateName::Connected, CONNECT_PATIENCE)?;
+    world.ask().bus().call_over_ssh("Start")?;
+    armed("a confirmed start", false)?;
+    // Nobody else's start waits for anything.
+    world.ask().disconnect(CONNECT_PATIENCE)?;
+    world.ask().connect(CONNECT_PATIENCE)?;
+    armed("an ordinary start", false)?;
+    world.ask().disconnect(CONNECT_PATIENCE)?;
+    if is_long() {
+        world.ask().bus().call_over_ssh("Start")?;
+        let begun = Instant::now();
+        world.ask().wait_state(StateName::Connected, CONNECT_PATIENCE)?;
+        world
+            .ask()
+            .wait_state(StateName::Disconnected, Duration::from_secs(75))?;
+        let after = begun.elapsed();
+        ensure!((58..=65).contains(&after.as_secs()), "taken back after {after:?}");
+        ensure!(
+            world.client.process.log_text().contains("start_taken_back"),
+            "no record of it"
+        );
+        let (_, status) = world.ask().health()?;
+        ensure!(!status.autostart, "a restart would go on with it");
+    }
+    Ok(())
+}
+
+#[test]
+fn early_boot_blocks_for_whoever_was_connected_and_the_service_goes_on() -> Result<()> {
+    let mut world = build(&[8], |environment| environment)?;
+    let environment = world.client.environment.clone();
+    let client = &world.network.client;
+    let says = Daemon::run(&world.network, client, &environment, &["--early-boot"])?;
+    ensure!(says.contains("nothing is to be blocked"), "{says}");
+    world.pay_and_connect()?;
+    world.client.process.kill()?;
+    // The machine starts: nothing stands.
+    Daemon::run(&world.network, &world.network.client, &environment, &["--cleanup"])?;
+    let mut watch = LeakWatch::begin(&world.network.client)?;
+    Daemon::run(&world.network, &world.network.client, &environment, &["--early-boot"])?;
+    watch.flood()?;
+    ensure!(world.ask().namespace().connect(WEB_SITE, TIMEOUT).is_err());
+    watch.check("early boot")?;
+    world.client = Daemon::spawn(&world.network, &world.network.client, environment)?;
+    wait_for_traffic(&world, CONNECT_PATIENCE)?;
+    watch.end(stop(&world)).map(drop)
+}
+
+#[test]
+fn names_resolve_beside_the_tunnel_for_the_daemon_alone_and_are_remembered() -> Result<()> {
+    const NAME: &str = "pool.dvpn.test";
+    let network = NetworkConfig::with_round_trips(&unique_id(), &[8]);
+    let resolv_conf = FilePath::new(ROOT).join(&network.id).join("resolv.conf");
+    let mut world = World::build_with(&network, |environment| {
+        let written = std::fs::write(&resolv_conf, format!("nameserver {POOL}\n"));
+        assert!(written.is_ok(), "{written:?}");
+        environment
+            .with("TUNNEL_MODE", "device")
+            .with("POOL_URL", format!("https://{NAME}:{POOL_PORT}/providers"))
+            .with("PAYMENT_API_URL", format!("https://{NAME}:{POOL_PORT}/payment"))
+    })?;
+    let mut command = Command::new(program("dvpn-lab")?);
+    command.args(["web", "--address", &POOL.to_string(), "--name", NAME]);
+    let log = world.network.directory.join("names.log");
+    let surroundings = Surroundings {
+        namespace: &world.network.pool.namespace,
+        log: &log,
+        resolv_conf: None,
+    };
+    let mut names = Process::spawn("the name server", command, &surroundings)?;
+    wait_for("the name server", PATIENCE, || {
+        Ok(world.network.pool.namespace.connect((POOL, 80).into(), TIMEOUT).ok())
+    })?;
+    let watch = connect_watched(&world, CONNECT_PATIENCE)?;
+    for provider in &mut world.providers {
+        provider.process.kill()?;
+    }
+    world
+        .ask()
+        .wait_status("another state", Duration::from_secs(30), |status| {
+            !matches!(status.state, StateName::Connected | StateName::Degraded)
+        })?;
+    let checkout = world.ask().begin_checkout().context("with a name server")?;
+    ensure!(!checkout.is_empty());
+    // The name server is gone, and so is every connection that was kept: a new daemon has none.
+    names.kill()?;
+    world.client.process.kill()?;
+    let environment = world.client.environment.clone();
+    world.client = Daemon::spawn(&world.network, &world.network.client, environment)?;
+    let again = world.ask().begin_checkout().context("without a name server")?;
+    ensure!(!again.is_empty());
+    watch.end(stop(&world)).map(drop)
 }

@@ -274,3 +274,31 @@ fn only_the_script_and_what_it_runs_is_executed_and_none_of_it_shows_the_token()
     );
     Ok(())
 }
+
+#[test]
+fn in_device_mode_the_script_reaches_the_orchestrator_and_nothing_leaks_meanwhile() -> Result<()> {
+    let config = NetworkConfig::with_round_trips(&unique_id(), &[8]);
+    let world = world(&config, |environment| {
+        environment
+            .with("POOL_URL", UNREACHABLE_POOL)
+            .with("TUNNEL_MODE", "device")
+    })?;
+    put_on_standby(&world, "provider-a", 0)?;
+    let watch = super::device::connect_watched(&world, PATIENCE).with_context(|| context(&world))?;
+    let exit = dvpn_tests::leak::exit_address(world.ask().namespace(), TIMEOUT)?;
+    let (_, status) = world.ask().health()?;
+    ensure!(
+        exit == std::net::IpAddr::V4(world.address_of(&status)?),
+        "traffic left through {exit}"
+    );
+    ensure!(
+        !world
+            .network
+            .client
+            .directory
+            .join("state/orchestrator.socket")
+            .exists(),
+        "the script's way to the orchestrator outlives it"
+    );
+    watch.end(super::device::stop(&world)).map(drop)
+}

@@ -150,6 +150,7 @@ impl Senders {
             SocketAddr::from((WEB, 7)),
             SocketAddr::from((ROUTER, 53)),
             SocketAddr::from((POOL, POOL_PORT)),
+            SocketAddr::from((POOL, 53)),
         ];
         for to in targets {
             senders.push((namespace.udp(Ipv4Addr::UNSPECIFIED.into())?, to));
@@ -179,15 +180,15 @@ impl Senders {
 }
 
 /// What a client in device mode sends by its uplink and what is no application's: WireGuard and echoes to providers, TLS
-/// to the pool. Told by what it says, where an application could send to the same place.
+/// to the pool, questions to a name server beside it. Told by what it says, where an application could send to the same place.
 fn is_expected(frame: &[u8]) -> bool {
     Packet::in_frame(frame).is_some_and(|packet| {
         let to_provider = (0..8).any(|number| packet.destination == provider_address(number));
         match packet.protocol {
             17 => {
-                to_provider
-                    && [NODE_PORT, NODE_PORT + 1].contains(&packet.destination_port)
-                    && !frame.ends_with(PAYLOAD)
+                let to_responder = to_provider && [NODE_PORT, NODE_PORT + 1].contains(&packet.destination_port);
+                let to_name_server = packet.destination == POOL && packet.destination_port == 53;
+                (to_responder || to_name_server) && !frame.ends_with(PAYLOAD)
             }
             6 => packet.destination == POOL && packet.destination_port == POOL_PORT,
             _ => false,

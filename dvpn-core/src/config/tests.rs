@@ -133,7 +133,7 @@ fn each_rule_refuses_and_names_its_setting() {
 #[test]
 fn device_mode_blocks_unless_told_not_to_and_app_mode_never() {
     let tunnel = |values: &[(&str, &str)]| {
-        let tunnel = config(values).tunnel;
+        let tunnel = good(values).tunnel;
         (tunnel.mode, tunnel.kill_switch, tunnel.lockdown)
     };
     let device = ("TUNNEL_MODE", "device");

@@ -1,7 +1,7 @@
 //! `org.dvpn.Daemon1` on the system bus.
 //!
-//! The caller is the user that the bus daemon names for the sender's unique name; a process id is never asked for, and
-//! any doubt denies. The object exists before the name is requested, so nobody ever meets an empty name. Properties are
+//! The caller is the user that the bus daemon names for the sender's unique name; a process id never decides who that is,
+//! and any doubt denies. The object exists before the name is requested, so nobody ever meets an empty name. Properties are
 //! broadcast to everybody and hold nothing private: details are in the replies of `Status`, `Payments` and `Logs`.
 
 use std::collections::HashMap;
@@ -19,7 +19,7 @@ use zbus::{
     zvariant::{OwnedValue, Value},
 };
 
-use super::{Caller, Control, Error};
+use super::{Caller, Control, Error, origin};
 
 impl From<Error> for fdo::Error {
     fn from(error: Error) -> Self {
@@ -50,6 +50,21 @@ async fn caller(header: &Header<'_>, connection: &Connection) -> fdo::Result<Cal
     Ok(Caller { uid })
 }
 
+/// A guess, which decides nothing but whether a start has to be confirmed.
+async fn comes_over_ssh(header: &Header<'_>, connection: &Connection) -> bool {
+    let asked = async {
+        let sender = header.sender()?.to_owned();
+        let bus = fdo::DBusProxy::new(connection).await.ok()?;
+        bus.get_connection_unix_process_id(sender.into()).await.ok()
+    };
+    match asked.await {
+        Some(pid) => tokio::task::spawn_blocking(move || origin::is_over_ssh(pid))
+            .await
+            .unwrap_or(false),
+        None => false,
+    }
+}
+
 #[zbus::interface(name = "org.dvpn.Daemon1")]
 impl Daemon {
     /// Begins a session and stores the wish for one.
@@ -58,7 +73,9 @@ impl Daemon {
         #[zbus(header)] header: Header<'_>,
         #[zbus(connection)] connection: &Connection,
     ) -> fdo::Result<()> {
-        Ok(self.control.start(caller(&header, connection).await?).await?)
+        let caller = caller(&header, connection).await?;
+        let from_afar = comes_over_ssh(&header, connection).await;
+        Ok(self.control.start(caller, from_afar).await?)
     }
 
     /// Ends the session and stores the wish for none.

@@ -7,6 +7,7 @@ pub mod dbus;
 mod denials;
 pub mod http;
 pub mod metrics;
+mod origin;
 pub mod payments;
 
 use dvpn_common::status::{NodeStatus, Status};
@@ -30,8 +31,8 @@ pub struct Caller {
 /// What the driver is asked to do. The answer comes when it is done, not when it is heard.
 #[derive(Debug)]
 pub enum Command {
-    /// Begin a session.
-    Start(oneshot::Sender<()>),
+    /// Begin a session; true when it is asked for over SSH.
+    Start(bool, oneshot::Sender<()>),
     /// End it.
     Stop(oneshot::Sender<()>),
     /// Use only these providers from the next attempt on.
@@ -124,10 +125,10 @@ impl Control {
         self.status.clone()
     }
 
-    /// Begins a session.
-    pub async fn start(&self, caller: Caller) -> Result<(), Error> {
+    /// Begins a session; `from_afar` when the caller sits at another machine.
+    pub async fn start(&self, caller: Caller, from_afar: bool) -> Result<(), Error> {
         self.authorize(caller, "start")?;
-        self.send(Command::Start).await
+        self.send(|done| Command::Start(from_afar, done)).await
     }
 
     /// Ends the session.

@@ -20,7 +20,8 @@ use dvpn_core::{
     Now,
     approval::Approval,
     audit::Event,
-    config::Config,
+    config::{Config, Mode},
+    rollback::{self, Rollback},
     session::{Action, Attempt, Choice, Input, Restored, Session},
 };
 use futures::future::OptionFuture;
@@ -92,6 +93,10 @@ pub enum MachineEvent {
     Changed,
     /// Something of ours may be gone.
     Loss,
+    /// The machine was suspended.
+    Resumed,
+    /// The wall clock was set: what is due by it may be due now.
+    ClockSet,
 }
 
 /// What the service manager wants of a daemon that it ends.
@@ -133,6 +138,8 @@ pub struct Driver {
     usable_by: Option<Attempt>,
     usable: watch::Sender<Option<Arc<TunnelPath>>>,
     stopping: Vec<oneshot::Sender<()>>,
+    /// Of a start over SSH.
+    rollback: Rollback,
 }
 
 /// Both ends of what the driver shows: made first, so that the control servers can stand before the stored state is
@@ -213,6 +220,7 @@ impl Driver {
             usable_by: None,
             usable: views.path,
             stopping: Vec::new(),
+            rollback: Rollback::default(),
         }
     }
 
@@ -234,10 +242,11 @@ impl Driver {
         });
         loop {
             self.settle().await;
-            let deadline = self.session.poll_timeout();
+            let deadline = self.session.poll_timeout().map(|(at, _reason)| at);
+            let taken_back = self.rollback.due().map(|(at, _)| at);
             let sleep = async {
-                match deadline {
-                    Some((at, _reason)) => tokio::time::sleep_until(Instant::from_std(at)).await,
+                match deadline.into_iter().chain(taken_back).min() {
+                    Some(at) => tokio::time::sleep_until(Instant::from_std(at)).await,
                     None => std::future::pending().await,
                 }
             };
@@ -257,7 +266,12 @@ impl Driver {
                 Some(event) = events.recv() => self.on_machine(event).await,
                 Ok(()) = path.changed() => {}
                 Some(_) = OptionFuture::from(signs_of_life.as_mut().map(Interval::tick)) => self.show_life(),
-                () = sleep => self.session.handle_timeout(now()),
+                () = sleep => {
+                    if self.rollback.is_due(now().instant) {
+                        self.take_back();
+                    }
+                    self.session.handle_timeout(now());
+                }
                 how = &mut terminate => return match how {
                     Termination::Stop => self.terminate().await,
                     Termination::Restart => self.make_way(),
@@ -266,9 +280,23 @@ impl Driver {
         }
     }
 
+    /// Nobody confirmed a start over SSH.
+    fn take_back(&mut self) {
+        tracing::warn!("the start over SSH was not confirmed and is taken back");
+        self.parts.audit.record(&Event::StartTakenBack);
+        self.feed(Input::Stop);
+    }
+
     async fn on_machine(&mut self, event: MachineEvent) {
         let done = match event {
             MachineEvent::OtherWayOut => return self.feed(Input::NetworkChanged),
+            MachineEvent::ClockSet => return self.session.handle_timeout(now()),
+            MachineEvent::Resumed => {
+                // Whoever we were connected to has forgotten us, or we are on another network.
+                let done = self.parts.host.reassert_client().await.map(|()| false);
+                self.feed(Input::NetworkChanged);
+                done
+            }
             MachineEvent::Changed => self.parts.host.reassert_client().await.map(|()| false),
             MachineEvent::Loss => self.parts.host.repair_client().await,
         };
@@ -326,7 +354,15 @@ impl Driver {
 
     async fn obey(&mut self, command: Command) -> Option<Ended> {
         match command {
-            Command::Start(done) => {
+            Command::Start(from_afar, done) => {
+                let everything = self.parts.config.tunnel.mode == Mode::Device;
+                let begins = !self.session.status().wanted;
+                if self.rollback.started(from_afar && everything, begins, now()) {
+                    tracing::warn!(
+                        "started over SSH: this is taken back in {} s unless Start is called once more",
+                        rollback::WITHIN.as_secs()
+                    );
+                }
                 self.feed_config().await;
                 // The standing choice is part of the configuration, so that it can be changed and lifted later.
                 self.feed(Input::Start(Choice::default()));
@@ -334,6 +370,7 @@ impl Driver {
                 answer(done);
             }
             Command::Stop(done) => {
+                self.rollback.stopped();
                 self.feed(Input::Stop);
                 self.settle().await;
                 // The caller hears of it once the tunnel is gone; see `publish`.
@@ -458,6 +495,7 @@ impl Driver {
     fn publish(&mut self) {
         self.running.retain(|_, task| !task.is_finished());
         let mut status = status::of(&self.session, &self.parts.config, self.autostart);
+        status.confirm_by = self.rollback.due().map(|(_, at)| at);
         status.backend = self.path.borrow().as_ref().and(*self.backend.borrow());
         let flows = status::carries_traffic(status.state);
         let path = if flows { self.path.borrow().clone() } else { None };

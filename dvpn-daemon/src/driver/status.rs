@@ -23,6 +23,7 @@ pub(super) fn starting(config: &Config) -> Status {
         rx_bytes: 0,
         tx_bytes: 0,
         static_key: config.tunnel.private_key.is_some(),
+        confirm_by: None,
         node: None,
     }
 }

@@ -42,6 +42,7 @@ impl Bed {
 
     fn fallback(&self, timeout: Duration) -> Fallback {
         Fallback {
+            control_plane: None,
             script: self.script.clone(),
             url: "https://orchestrator.test/".parse().unwrap(),
             ca_file: Some("/etc/ca.pem".into()),

@@ -41,6 +41,18 @@ pub(super) fn make(directory: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// The bytes, or nothing if there is no such file.
+pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let path = path.to_owned();
+    let mut bytes = Vec::new();
+    match File::open(&path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)) {
+        Ok(length) if length as u64 > MAX_FILE_BYTES => Err(Error::Damaged { path }),
+        Ok(_) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read { path, source }),
+    }
+}
+
 impl Files {
     pub(super) fn open(directory: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Directory {
@@ -74,14 +86,7 @@ impl Files {
 
     /// The bytes, or nothing if there is no such file.
     pub(super) fn read(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
-        let path = self.path(name);
-        let mut bytes = Vec::new();
-        match File::open(&path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)) {
-            Ok(length) if length as u64 > MAX_FILE_BYTES => Err(Error::Damaged { path }),
-            Ok(_) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::Read { path, source }),
-        }
+        read(&self.path(name))
     }
 
     /// Replaces the file.

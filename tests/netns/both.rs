@@ -36,6 +36,13 @@ fn serves_and_connects(mode: &str) -> Result<()> {
         let machine = world.network.providers.first().context("the node's machine")?;
         let again = node::Daemon::spawn(&world.network, machine, environment)?;
         world.providers.insert(0, again);
+        node::wait_until_listed(&world.network, &world.ca(), 2, PATIENCE).with_context(|| {
+            world
+                .providers
+                .first()
+                .map(|daemon| daemon.process.log_tail())
+                .unwrap_or_default()
+        })?;
     }
     let [node, other] = world.network.providers.as_slice() else {
         anyhow::bail!("two providers")

@@ -121,12 +121,11 @@ fn sealed_away(error: &state::Error) -> Failure {
 
 /// The firewall did not take a policy.
 pub(super) fn firewall_failed(error: &crate::host::Error) -> Failure {
-    to_failure(
-        "changing the firewall",
-        error,
-        "the daemon needs CAP_NET_ADMIN and a kernel with nf_tables",
-        Retry::Backoff,
-    )
+    Failure {
+        what: format!("changing the firewall: {}", crate::run::chain(error)),
+        how: "the daemon needs CAP_NET_ADMIN and a kernel with nf_tables".to_owned(),
+        retry: Retry::Backoff,
+    }
 }
 
 /// An approval came for a key that is no longer held.

@@ -54,7 +54,6 @@ pub struct DeviceConfig {
 }
 
 /// The client's side as it should be.
-#[derive(Debug)]
 pub(super) struct ClientSide {
     /// In device mode only.
     device: Option<DeviceConfig>,
@@ -71,6 +70,8 @@ pub(super) struct ClientSide {
     remembered: Vec<Remembered>,
     /// Something was asked for in this run. Before, what an earlier one left is left alone: it may be blocking.
     told: bool,
+    /// Who makes the table; opened at the first change.
+    committer: Option<nft::Committer>,
     /// How many rules the table has; nothing while it is not of this process's making.
     made: Option<usize>,
 }
@@ -88,6 +89,7 @@ impl Default for ClientSide {
             inbound: Vec::new(),
             remembered: Vec::new(),
             told: false,
+            committer: None,
             made: None,
         }
     }
@@ -120,7 +122,7 @@ impl ClientSide {
         }
     }
 
-    fn table(&self) -> nft::batch::Batch {
+    fn table(&self, owned: bool) -> nft::batch::Batch {
         let control: BTreeSet<SocketAddr> = self.control.iter().copied().collect();
         let device = self.standing_device().map(|device| client_policy::Device {
             blocked: self.exemptions(),
@@ -136,7 +138,7 @@ impl ClientSide {
             device,
             remembered: &self.remembered,
         };
-        client_policy::table(&facts, self.made.is_none())
+        client_policy::table(&facts, self.made.is_none(), owned)
     }
 
     /// Which packets look in which table, the first that applies first.
@@ -357,7 +359,12 @@ impl Host {
             for setting in side.remembered.drain(..) {
                 setting.restore()?;
             }
-            nft::delete_table(CLIENT_TABLE).map_err(firewall_error)?;
+            // With the socket that owns it; the next table gets another.
+            let removed = match side.committer.take() {
+                Some(committer) => committer.delete_table(CLIENT_TABLE),
+                None => nft::delete_table(CLIENT_TABLE),
+            };
+            removed.map_err(firewall_error)?;
             side.made = None;
         }
         Ok(())
@@ -385,10 +392,13 @@ fn commit_standing(side: &mut ClientSide) -> Result<(), Error> {
 }
 
 fn commit(side: &mut ClientSide) -> Result<(), Error> {
-    let batch = side.table();
-    let rules = batch.rules();
-    nft::commit(batch).map_err(firewall_error)?;
-    side.made = Some(rules);
+    let committer = match side.committer.take() {
+        Some(committer) => committer,
+        None => nft::Committer::open().map_err(firewall_error)?,
+    };
+    let committed = committer.commit(|owned| side.table(owned)).map_err(firewall_error);
+    side.committer = Some(committer);
+    side.made = Some(committed?);
     Ok(())
 }
 

@@ -101,9 +101,14 @@ pub(super) struct Device<'a> {
     pub(super) neighbours: &'a [Neighbour],
 }
 
-/// The whole table. A `fresh` one begins its counters at zero, another goes on with those that are there.
-pub(super) fn table(facts: &Facts<'_>, fresh: bool) -> Batch {
-    let mut batch = Batch::new(CLIENT_TABLE);
+/// The whole table, `owned` by whoever commits it or by nobody. A `fresh` one begins its counters at zero, another goes on
+/// with those that are there.
+pub(super) fn table(facts: &Facts<'_>, fresh: bool, owned: bool) -> Batch {
+    let mut batch = if owned {
+        Batch::owning(CLIENT_TABLE)
+    } else {
+        Batch::new(CLIENT_TABLE)
+    };
     if fresh {
         batch.replace_table();
     } else {

@@ -1,8 +1,11 @@
 //! rtnetlink as the other files use it: typed reads, and changes that say what they were about.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
-use futures::TryStreamExt as _;
+use futures::{TryStream, TryStreamExt as _};
 use ipnetwork::IpNetwork;
 use netlink_packet_route::{
     AddressFamily, IpProtocol,
@@ -12,9 +15,14 @@ use netlink_packet_route::{
     rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange},
 };
 use rtnetlink::{IpVersion, LinkUnspec};
+use tokio::time::sleep;
 
 use super::{Error, Host, PROTOCOL, ROUTING_TABLE, RULE_PRIORITY};
 use crate::tunnel::{FWMARK, FWMARK_MASK};
+
+/// How often a read is repeated, and how soon.
+const READ_TRIES: u32 = 20;
+const READ_AGAIN_AFTER: Duration = Duration::from_millis(5);
 
 /// A link, as far as this module cares.
 pub(super) struct Link {
@@ -260,16 +268,28 @@ fn place_of(route: &RouteMessage) -> Option<(IpNetwork, Option<u32>)> {
     Some((destination_of(route)?, oif))
 }
 
+/// All that the kernel has of something. It cannot tell in one piece what somebody changes meanwhile: then it is asked
+/// again.
+async fn read<T, S>(what: &'static str, ask: impl Fn() -> S) -> Result<Vec<T>, Error>
+where
+    S: TryStream<Ok = T, Error = rtnetlink::Error>,
+{
+    let mut tried = 0;
+    loop {
+        match ask().try_collect().await {
+            Ok(found) => return Ok(found),
+            Err(source) if tried == READ_TRIES => return Err(Error::Read { what, source }),
+            Err(error) => tracing::debug!("reading {what} by rtnetlink once more: {error}"),
+        }
+        tried += 1;
+        sleep(READ_AGAIN_AFTER).await;
+    }
+}
+
 impl Host {
     pub(super) async fn links(&self) -> Result<Vec<Link>, Error> {
-        self.netlink()
-            .link()
-            .get()
-            .execute()
-            .map_ok(|message| link_of(&message))
-            .try_collect()
-            .await
-            .map_err(|source| Error::Read { what: "links", source })
+        let found = read("links", || self.netlink().link().get().execute()).await?;
+        Ok(found.iter().map(link_of).collect())
     }
 
     pub(super) async fn link(&self, name: &str) -> Result<Option<Link>, Error> {
@@ -288,17 +308,7 @@ impl Host {
         reason = "the crate's enum is open; what is not named is not asked for"
     )]
     pub(super) async fn addresses(&self) -> Result<Vec<Address>, Error> {
-        let messages: Vec<AddressMessage> =
-            self.netlink()
-                .address()
-                .get()
-                .execute()
-                .try_collect()
-                .await
-                .map_err(|source| Error::Read {
-                    what: "addresses",
-                    source,
-                })?;
+        let messages: Vec<AddressMessage> = read("addresses", || self.netlink().address().get().execute()).await?;
         Ok(messages
             .into_iter()
             .filter_map(|message| {
@@ -324,15 +334,7 @@ impl Host {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut question = RouteMessage::default();
             question.header.address_family = family;
-            let found: Vec<RouteMessage> = self
-                .netlink()
-                .route()
-                .get(question)
-                .execute()
-                .try_collect()
-                .await
-                .map_err(|source| Error::Read { what: "routes", source })?;
-            all.extend(found);
+            all.extend(read("routes", || self.netlink().route().get(question.clone()).execute()).await?);
         }
         Ok(all)
     }
@@ -341,17 +343,8 @@ impl Host {
     pub(super) async fn own_rules(&self) -> Result<Vec<RuleMessage>, Error> {
         let mut ours = Vec::new();
         for version in [IpVersion::V4, IpVersion::V6] {
-            let found: Vec<RuleMessage> = self
-                .netlink()
-                .rule()
-                .get(version)
-                .execute()
-                .try_collect()
-                .await
-                .map_err(|source| Error::Read {
-                    what: "routing rules",
-                    source,
-                })?;
+            let found: Vec<RuleMessage> =
+                read("routing rules", || self.netlink().rule().get(version.clone()).execute()).await?;
             ours.extend(found.into_iter().filter(|rule| {
                 rule.attributes
                     .contains(&RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)))

@@ -17,6 +17,9 @@ use netlink_packet_netfilter::{
 use super::expr::{Family, Rule, be32, nested, nul_terminated};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
+/// Since Linux 6.3.
+const NFT_MSG_DESTROYTABLE: u8 = 26;
+const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_OBJ_TABLE: u16 = 1;
 const NFTA_OBJ_NAME: u16 = 2;
 const NFTA_OBJ_TYPE: u16 = 3;
@@ -80,6 +83,7 @@ pub(crate) struct Batch {
     table: String,
     operations: Vec<(u16, NfTablesMessage)>,
     sets: u32,
+    flags: TableFlags,
 }
 
 /// A set of addresses that rules fill, each address with a state of its own: a limit, a count, a counter.
@@ -102,6 +106,15 @@ impl Batch {
             table: table.to_owned(),
             operations: Vec::new(),
             sets: 0,
+            flags: TableFlags::empty(),
+        }
+    }
+
+    /// An empty transaction on a table that whoever commits it owns.
+    pub(crate) fn owning(table: &str) -> Self {
+        Self {
+            flags: TableFlags::Owner | TableFlags::Persisent,
+            ..Self::new(table)
         }
     }
 
@@ -117,8 +130,19 @@ impl Batch {
 
     /// An empty table, whatever was there before.
     pub(crate) fn replace_table(&mut self) {
-        self.make_table();
-        self.delete_table();
+        if self.flags.is_empty() {
+            self.make_table();
+            self.delete_table();
+        } else {
+            // Somebody else's cannot be made again, and one that is not there cannot be deleted.
+            self.push(
+                0,
+                NfTablesMessage::Other {
+                    message_type: NFT_MSG_DESTROYTABLE,
+                    attributes: vec![DefaultNla::new(NFTA_TABLE_NAME, nul_terminated(&self.table))],
+                },
+            );
+        }
         self.make_table();
     }
 
@@ -211,7 +235,7 @@ impl Batch {
         TableMessage {
             attributes: vec![
                 TableAttribute::Name(self.table.clone()),
-                TableAttribute::Flags(TableFlags::empty()),
+                TableAttribute::Flags(self.flags),
             ],
         }
     }

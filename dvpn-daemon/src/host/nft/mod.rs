@@ -4,7 +4,10 @@ pub(crate) mod batch;
 pub(crate) mod expr;
 pub(crate) mod read;
 
-use std::io;
+use std::{
+    io,
+    sync::{Mutex, PoisonError},
+};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
@@ -59,10 +62,63 @@ fn open() -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// Who makes changes. With a socket of its own it can own a table: then nobody else can change it while this process lives,
+/// and it stays when that ends (`NFT_TABLE_F_OWNER`, `NFT_TABLE_F_PERSIST`: Linux 6.9).
+pub(crate) struct Committer {
+    socket: Socket,
+    /// What the kernel can do; nothing while that is not known.
+    owns: Mutex<Option<bool>>,
+}
+
+impl Committer {
+    /// Opens its socket.
+    pub(crate) fn open() -> io::Result<Self> {
+        Ok(Self {
+            socket: open()?,
+            owns: Mutex::default(),
+        })
+    }
+
+    /// Applies the whole transaction that `make` makes, or nothing: for a table that is owned, or where the kernel does
+    /// not know that, for one that is not. Says how many rules it made.
+    pub(crate) fn commit(&self, make: impl Fn(bool) -> Batch) -> io::Result<usize> {
+        let known = *self.owns.lock().unwrap_or_else(PoisonError::into_inner);
+        let batch = make(known.unwrap_or(true));
+        let rules = batch.rules();
+        match commit_by(&self.socket, batch) {
+            Ok(()) => {
+                *self.owns.lock().unwrap_or_else(PoisonError::into_inner) = Some(known.unwrap_or(true));
+                Ok(rules)
+            }
+            Err(error) if known.is_none() && is_unknown(&error) => {
+                let batch = make(false);
+                let rules = batch.rules();
+                commit_by(&self.socket, batch)?;
+                *self.owns.lock().unwrap_or_else(PoisonError::into_inner) = Some(false);
+                Ok(rules)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes a table; false if there was none.
+    pub(crate) fn delete_table(&self, table: &str) -> io::Result<bool> {
+        delete_by(&self.socket, table)
+    }
+}
+
+/// What kernels say to a flag or a message that they do not know.
+fn is_unknown(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL))
+}
+
 /// Applies the whole transaction or nothing.
 pub(crate) fn commit(batch: Batch) -> io::Result<()> {
+    commit_by(&open()?, batch)
+}
+
+fn commit_by(socket: &Socket, batch: Batch) -> io::Result<()> {
     let (bytes, last) = batch.encode();
-    let socket = open()?;
     socket.send(&bytes, 0)?;
     let mut applied = false;
     loop {
@@ -100,9 +156,13 @@ pub(crate) fn takes_away(events: &[u8], table: &str) -> bool {
 
 /// Removes a table; false if there was none.
 pub(crate) fn delete_table(table: &str) -> io::Result<bool> {
+    delete_by(&open()?, table)
+}
+
+fn delete_by(socket: &Socket, table: &str) -> io::Result<bool> {
     let mut batch = Batch::new(table);
     batch.delete_table();
-    match commit(batch) {
+    match commit_by(socket, batch) {
         Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
         Err(error) => Err(error),

@@ -314,8 +314,16 @@ async fn device_mode(config: &Config, host: &Arc<Host>, state: &State) -> Option
         return None;
     }
     host.device_mode(device_config(config)).await;
-    let servers = Arc::new(control_plane::servers_of_resolv_conf);
-    Some(ControlPlane::new(Arc::clone(host), state.clone(), servers))
+    let plane = ControlPlane::new(
+        Arc::clone(host),
+        state.clone(),
+        Arc::new(control_plane::servers_of_resolv_conf),
+    );
+    // A provider's clients ask them too.
+    if let Err(error) = plane.allow_servers().await {
+        tracing::warn!("letting our questions reach the name servers: {}", chain(&error));
+    }
+    Some(plane)
 }
 
 fn device_config(config: &Config) -> DeviceConfig {

@@ -29,7 +29,7 @@ pub const UPLINK: &str = "eth0";
 /// A host of IPv6 on the client's own link; it does not exist, and packets to it are seen all the same.
 const NEIGHBOUR: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x80);
 /// A pause between two rounds of everybody's attempts.
-const PAUSE: Duration = Duration::from_micros(300);
+const PAUSE: Duration = Duration::from_millis(1);
 /// What every attempt carries.
 const PAYLOAD: &[u8] = b"this must not leave beside the tunnel";
 

@@ -193,6 +193,14 @@ fn marks(batch: &mut Batch, device: &Device<'_>) {
         let began_outside = Rule::new().port(*protocol, *port).to_this_machine().original();
         batch.rule("arriving", began_outside.mark_connection().mark().accept());
     }
+    for address in device.control {
+        // A connection of ours from before this table has no mark until we send, and may be waiting to be sent to.
+        let answer = Rule::new()
+            .from(&IpNetwork::from(address.ip()))
+            .source_port(TCP, address.port())
+            .tcp_goes_on();
+        batch.rule("arriving", answer.mark_connection().mark().accept());
+    }
     batch.rule("arriving", Rule::new().connection_marked().mark());
 
     batch.rule("rerouted", Rule::new().marked().mark_connection().accept());

@@ -83,10 +83,14 @@ impl Rule {
             .load(PAYLOAD_TRANSPORT, 0, 2)
             .compare(Operator::Equal, port.to_be_bytes().to_vec())
     }
+    /// Only TCP packets that belong to a connection which was begun.
+    pub(crate) fn tcp_goes_on(self) -> Self {
+        self.tcp_flags(SYN | RST | ACK, ACK)
+    }
     /// Only TCP packets from this port in the middle of a connection whose beginning connection tracking did not see.
     pub(crate) fn found_under_way(self, port: u16) -> Self {
         self.source_port(TCP, port)
-            .tcp_flags(SYN | RST | ACK, ACK)
+            .tcp_goes_on()
             .connection(CT_STATE)
             .mask(&NEW.to_ne_bytes())
             .compare(Operator::NotEqual, vec![0; 4])

@@ -1,0 +1,115 @@
+//! Putting back what was there.
+
+use dvpn_core::text::excerpt;
+
+use super::{
+    Dns, Error, bus,
+    file::{self, Found},
+    network_manager,
+    record::{Owner, Record},
+    resolved,
+};
+
+impl Dns {
+    /// Puts back what was changed, also by an earlier run that was killed. Says what, goes on after an error and reports
+    /// each; nothing to undo is an empty answer. What failed is known the next time.
+    pub async fn undo(&self) -> Vec<Result<String, Error>> {
+        let _turn = self.inner.turn.lock().await;
+        *self.state() = None;
+        let mut record = match self.inner.store.load() {
+            Ok(Some(record)) => record,
+            Ok(None) => return self.lost().err().map(Err).into_iter().collect(),
+            Err(error) => return vec![Err(error)],
+        };
+        let mut report = Vec::new();
+        report.extend(self.undo_file(&mut record).transpose());
+        report.extend(undo_resolved(&mut record).await.transpose());
+        report.extend(undo_manager(&mut record).await.transpose());
+        report.extend(self.inner.store.save(&record).err().map(Err));
+        report
+    }
+
+    /// An error if our file is there without a record.
+    fn lost(&self) -> Result<(), Error> {
+        let path = self.resolv_conf().to_owned();
+        match Record::new().owner_of(&file::look(&path)?) {
+            Owner::Theirs => Ok(()),
+            Owner::Ours | Owner::Edited => Err(Error::Lost { path }),
+        }
+    }
+
+    /// Puts the file back if ours is there. One that somebody else wrote since stays, and ours is forgotten.
+    pub(super) fn undo_file(&self, record: &mut Record) -> Result<Option<String>, Error> {
+        let Some(replaced) = &record.file else { return Ok(None) };
+        let path = self.resolv_conf();
+        let found = file::look(path)?;
+        let mut said = format!("the tunnel's name servers from {}", path.display());
+        let owner = record.owner_of(&found);
+        match (owner, &replaced.before) {
+            (Owner::Ours | Owner::Edited, None) => return Err(Error::Lost { path: path.to_owned() }),
+            (Owner::Ours | Owner::Edited, Some(before)) => {
+                if owner == Owner::Edited {
+                    let kept = self.inner.store.keep_edited(&found)?;
+                    said.push_str("; somebody had changed that file, and their version is kept as ");
+                    said.push_str(&kept.display().to_string());
+                }
+                file::put(path, before)?;
+            }
+            (Owner::Theirs, Some(before)) if found == *before => {}
+            // A kill while it was written in place.
+            (Owner::Theirs, Some(before @ Found::File(contents))) if matches!(&found, Found::File(now) if file::is_whole(&now.bytes, &contents.bytes)) =>
+            {
+                file::put(path, before)?;
+            }
+            (Owner::Theirs, _) => {
+                said = format!(
+                    "our copy of what {} was: somebody else has written it since, and it stays as it is",
+                    path.display()
+                );
+            }
+        }
+        record.file = None;
+        self.inner.store.save(record)?;
+        Ok(Some(said))
+    }
+}
+
+async fn undo_resolved(record: &mut Record) -> Result<Option<String>, Error> {
+    if !record.resolved {
+        return Ok(None);
+    }
+    // With the link went what systemd-resolved knew of it, and its number may be another's now.
+    let index = nix::net::if_::if_nametoindex(record.interface.as_str());
+    if index == Ok(record.index) {
+        let bus = bus::connect().await?;
+        if bus::runs(&bus, resolved::SERVICE).await {
+            resolved::revert(&bus, record.index).await?;
+        }
+    }
+    record.resolved = false;
+    Ok(Some(format!(
+        "the name servers of {} from systemd-resolved",
+        excerpt(&record.interface)
+    )))
+}
+
+async fn undo_manager(record: &mut Record) -> Result<Option<String>, Error> {
+    let Some(managed) = &record.network_manager else {
+        return Ok(None);
+    };
+    let bus = bus::connect().await;
+    let running = match &bus {
+        Ok(bus) => bus::runs(bus, network_manager::SERVICE).await.then_some(bus),
+        Err(_) => None,
+    };
+    let said = match running {
+        Some(bus) if network_manager::restore(bus, managed).await? => "the tunnel's name servers from NetworkManager",
+        Some(_) => {
+            "our copy of NetworkManager's configuration: somebody else has changed it since, and it stays as it is"
+        }
+        None if network_manager::may_keep() => return Err(Error::ManagerAway),
+        None => "our copy of NetworkManager's configuration, which is gone",
+    };
+    record.network_manager = None;
+    Ok(Some(said.to_owned()))
+}

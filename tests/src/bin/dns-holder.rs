@@ -3,7 +3,7 @@
 //! `dns-holder STATE_DIRECTORY hold INTERFACE SERVERS` sets it, and again whenever that is needed; each time it prints a
 //! line: the ways taken, or `error` and why. `dns-holder STATE_DIRECTORY network` prints the network's name servers.
 
-use std::{error::Error, io::Write as _, net::IpAddr, path::Path, pin::pin};
+use std::{io::Write as _, net::IpAddr, path::Path, pin::pin};
 
 use anyhow::{Context as _, Result, bail};
 use dvpn_daemon::host::dns::Dns;
@@ -37,9 +37,7 @@ async fn hold(dns: &Dns, interface: &str, servers: &[IpAddr]) -> Result<()> {
                 say(&ways.join(" "))?;
             }
             Err(error) => {
-                let causes = std::iter::successors(error.source(), |cause| cause.source());
-                let causes: String = causes.map(|cause| format!(": {cause}")).collect();
-                say(&format!("error {error}{causes}"))?;
+                say(&format!("error {:#}", anyhow::Error::new(error)))?;
             }
         }
         changes.next().await.context("the changes ended")?;

@@ -162,7 +162,11 @@ impl Store {
             path: path.clone(),
             source: Some(source),
         })?;
-        file::put(&path, &Found::File(Contents::of(&text, 0o600)))
+        let wanted = Found::File(Contents::of(&text, 0o600));
+        if file::look(&path)? == wanted {
+            return Ok(());
+        }
+        file::put(&path, &wanted)
     }
 
     /// Keeps a version that somebody made of our file, and says where.

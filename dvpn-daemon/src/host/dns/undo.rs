@@ -43,34 +43,38 @@ impl Dns {
         let Some(replaced) = &record.file else { return Ok(None) };
         let path = self.resolv_conf();
         let found = file::look(path)?;
-        let mut said = format!("the tunnel's name servers from {}", path.display());
         let owner = record.owner_of(&found);
-        match (owner, &replaced.before) {
+        let said = match (owner, &replaced.before) {
             (Owner::Ours | Owner::Edited, None) => return Err(Error::Lost { path: path.to_owned() }),
-            (Owner::Ours | Owner::Edited, Some(before)) => {
-                if owner == Owner::Edited {
-                    let kept = self.inner.store.keep_edited(&found)?;
-                    said.push_str("; somebody had changed that file, and their version is kept as ");
-                    said.push_str(&kept.display().to_string());
-                }
+            (Owner::Ours, Some(before)) => {
                 file::put(path, before)?;
+                Some(format!("the tunnel's name servers from {}", path.display()))
             }
-            (Owner::Theirs, Some(before)) if found == *before => {}
-            // A kill while it was written in place.
+            (Owner::Edited, Some(before)) => {
+                let kept = self.inner.store.keep_edited(&found)?;
+                file::put(path, before)?;
+                Some(format!(
+                    "the tunnel's name servers from {}; somebody had changed that file, and their version is kept as {}",
+                    path.display(),
+                    kept.display()
+                ))
+            }
+            // Not yet replaced, or put back already.
+            (Owner::Theirs, Some(before)) if found == *before => None,
             (Owner::Theirs, Some(before @ Found::File(contents))) if matches!(&found, Found::File(now) if file::is_whole(&now.bytes, &contents.bytes)) =>
             {
+                // Killed while it was written in place.
                 file::put(path, before)?;
+                None
             }
-            (Owner::Theirs, _) => {
-                said = format!(
-                    "our copy of what {} was: somebody else has written it since, and it stays as it is",
-                    path.display()
-                );
-            }
-        }
+            (Owner::Theirs, _) => Some(format!(
+                "our copy of what {} was: somebody else has written it since, and it stays as it is",
+                path.display()
+            )),
+        };
         record.file = None;
         self.inner.store.save(record)?;
-        Ok(Some(said))
+        Ok(said)
     }
 }
 

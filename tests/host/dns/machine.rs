@@ -164,7 +164,7 @@ impl Machine {
         // Of this network. Read-only, as in a container: NetworkManager does not wait for udev then.
         mount_at("sysfs", Path::new("/sys"), "sysfs", MsFlags::MS_RDONLY, "");
         self.here.sh(
-            "rm -f /etc/resolv.conf /etc/resolv.conf.bak; \
+            "rm -f /etc/resolv.conf /etc/resolv.conf.bak; mkdir /run/systemd; \
              grep -q ^systemd-resolve: /etc/passwd || echo systemd-resolve:x:981:981::/:/usr/sbin/nologin >> /etc/passwd; \
              grep -q ^systemd-resolve: /etc/group || echo systemd-resolve:x:981: >> /etc/group; \
              printf 'hosts: files dns\\npasswd: files\\ngroup: files\\n' > /etc/nsswitch.conf; \
@@ -237,7 +237,21 @@ impl Machine {
     /// Starts a service and waits until it has its name.
     pub(super) fn service(&self, program: &str, arguments: &[&str], name: &str) -> Running {
         let service = self.spawn(program, arguments);
-        self.until(name, || self.try_run(&["busctl", "--system", "status", name]).is_ok());
+        let bus = "org.freedesktop.DBus";
+        let ask = [
+            "busctl",
+            "--system",
+            "call",
+            bus,
+            "/org/freedesktop/DBus",
+            bus,
+            "NameHasOwner",
+            "s",
+            name,
+        ];
+        self.until(name, || {
+            self.try_run(&ask).is_ok_and(|answer| answer.trim() == "b true")
+        });
         service
     }
 
@@ -327,8 +341,12 @@ impl Machine {
         assert!(self.tunnel.asked() >= before.1 + 5);
     }
 
-    /// Look-ups go to the network's server and nowhere else.
+    /// Look-ups go to the network's server and nowhere else, soon: services do what they are told a little later.
     pub(super) fn assert_network(&self) {
+        let since = Instant::now();
+        while self.look_up() != Some(BY_NETWORK) {
+            assert!(since.elapsed() < AGAIN, "{}", self.logs());
+        }
         let before = self.tunnel.asked();
         assert_eq!(self.look_up(), Some(BY_NETWORK), "{}", self.logs());
         assert_eq!(self.tunnel.asked(), before, "the tunnel's server was asked");

@@ -23,7 +23,7 @@ fn debians_resolvconf_goes_on_beside_ours_and_has_the_last_word_afterwards() {
     const LINK: &str = "../run/resolvconf/resolv.conf";
     let machine = Machine::new(Some("resolvconf"));
     machine.here.sh(&format!(
-        "PATH=/sbin:/usr/sbin:/bin:/usr/bin; resolvconf --create-runtime-directories; resolvconf --enable-updates; \
+        "PATH=/sbin:/usr/sbin:/bin:/usr/bin; mkdir -p /run/resolvconf/interface; resolvconf --enable-updates; \
          ln -s {LINK} /etc/resolv.conf"
     ));
     add(&machine, "eth0.inet", "nameserver 192.0.2.53\\nsearch example\\n");

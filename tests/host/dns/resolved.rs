@@ -81,33 +81,42 @@ fn while_systemd_resolved_is_down_a_file_takes_its_place() {
     assert_eq!(fs::read_link(RESOLV_CONF).unwrap(), Path::new(STUB));
     holder.process.kill();
     machine.cleanup();
-    machine.run(&["resolvectl", "dns", "eth0", "192.0.2.53"]);
     machine.assert_network();
 }
 
 #[test]
 fn beside_systemd_resolved_a_resolv_conf_that_passes_it_by_is_replaced_too() {
+    const LINK: &str = "/run/systemd/resolve/resolv.conf";
     let (machine, _services) = machine();
     fs::remove_file(RESOLV_CONF).unwrap();
-    symlink("/run/systemd/resolve/resolv.conf", RESOLV_CONF).unwrap();
+    symlink(LINK, RESOLV_CONF).unwrap();
     machine.assert_network();
-    let holder = machine.hold();
-    assert_eq!(holder.ways(), "systemd-resolved resolv.conf");
-    machine.assert_tunnel();
-    // Over the bus too, as nss-resolve asks.
-    let network = machine.network.asked();
-    assert!(
-        machine
-            .run(&["resolvectl", "query", "bus.example"])
-            .contains("203.0.113.1")
-    );
-    assert_eq!(machine.network.asked(), network);
-    assert_eq!(machine.network_servers(), "192.0.2.53:53");
-    holder.process.kill();
-    machine.cleanup();
-    assert_eq!(
-        fs::read_link(RESOLV_CONF).unwrap(),
-        Path::new("/run/systemd/resolve/resolv.conf")
-    );
-    machine.assert_network();
+    let before = knows(&machine);
+    // The tunnel's link may be gone when all is undone, as that of a program that was killed.
+    for link_goes in [false, true] {
+        let holder = machine.hold();
+        assert_eq!(holder.ways(), "systemd-resolved resolv.conf");
+        machine.assert_tunnel();
+        // Over the bus too, as nss-resolve asks.
+        let network = machine.network.asked();
+        let name = format!("bus-{link_goes}.example");
+        assert!(machine.run(&["resolvectl", "query", &name]).contains("203.0.113.1"));
+        assert_eq!(machine.network.asked(), network);
+        assert_eq!(machine.network_servers(), "192.0.2.53:53");
+        holder.process.kill();
+        if link_goes {
+            machine.here.sh(&format!("ip link del {INTERFACE}"));
+        }
+        machine.cleanup();
+        assert_eq!(fs::read_link(RESOLV_CONF).unwrap(), Path::new(LINK));
+        machine.assert_network();
+        let after = knows(&machine);
+        let others = |text: &str| -> Vec<String> {
+            text.lines()
+                .filter(|line| !link_goes || !line.contains(INTERFACE))
+                .map(str::to_owned)
+                .collect()
+        };
+        assert_eq!(others(&after), others(&before), "it forgot what it read in our file");
+    }
 }

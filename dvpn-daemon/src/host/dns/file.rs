@@ -239,7 +239,7 @@ fn write_in_place(path: &Path, contents: &Contents) -> io::Result<()> {
     bytes.resize(bytes.len().max(length), b'\n');
     file.write_all(&bytes)?;
     file.set_len(contents.bytes.len() as u64)?;
-    own(&file, contents)?;
+    // Owner and mode stay: it is the same file for whoever mounted it.
     file.sync_all()
 }
 

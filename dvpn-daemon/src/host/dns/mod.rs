@@ -147,6 +147,9 @@ impl Dns {
             // Only if programs can be sent to systemd-resolved is it enough.
             match self.set_resolved(bus, record).await {
                 Ok(()) => {
+                    if let Some(bus) = self.hollow(record).await {
+                        resolved::read_again(&bus).await;
+                    }
                     self.undo_file(record)?;
                     return Ok(vec![Way::Resolved]);
                 }

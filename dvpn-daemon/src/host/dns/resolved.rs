@@ -25,6 +25,10 @@ const NO_SUCH_LINK: &str = "org.freedesktop.resolve1.NoSuchLink";
 /// It hears of a link from the kernel as we do, and may hear of it later.
 const LINK_PATIENCE: Duration = Duration::from_secs(2);
 const LINK_INTERVAL: Duration = Duration::from_millis(50);
+/// Flags of a question (`org.freedesktop.resolve1(5)`). A version before 248 refuses the last one and asks nobody.
+const DNS: u64 = 1 << 0;
+const NO_SEARCH: u64 = 1 << 8;
+const NO_NETWORK: u64 = 1 << 15;
 /// Every name, and no search list.
 const ALL_NAMES: (&str, bool) = (".", true);
 
@@ -54,6 +58,18 @@ pub(super) async fn revert(bus: &Connection, index: u32) -> Result<(), Error> {
     match MANAGER.call(bus, "RevertLink", &index.cast_signed()).await {
         Err(error) if is_no_such_link(&error) => Ok(()),
         other => other,
+    }
+}
+
+/// Has it read /etc/resolv.conf, which it does when it looks for a server: here for a name that it may ask nobody for.
+pub(super) async fn read_again(bus: &Connection) {
+    let question = (0_i32, "example.com", libc::AF_INET, DNS | NO_SEARCH | NO_NETWORK);
+    let asked = MANAGER
+        .call::<_, (Vec<(i32, i32, Vec<u8>)>, String, u64)>(bus, "ResolveHostname", &question)
+        .await;
+    // That there is no answer is its answer.
+    if let Err(error) = asked {
+        tracing::debug!("had systemd-resolved read /etc/resolv.conf: {error}");
     }
 }
 

@@ -1,14 +1,19 @@
 //! Putting back what was there.
 
-use dvpn_core::text::excerpt;
+use dvpn_core::{
+    dns::{Way, render},
+    text::excerpt,
+};
+use zbus::Connection;
 
 use super::{
     Dns, Error, bus,
-    file::{self, Found},
+    file::{self, Contents, Found},
     network_manager,
-    record::{Owner, Record},
+    record::{Owner, Record, Replaced},
     resolved,
 };
+use crate::run::chain;
 
 impl Dns {
     /// Puts back what was changed, also by an earlier run that was killed. Says what, goes on after an error and reports
@@ -22,11 +27,50 @@ impl Dns {
             Err(error) => return vec![Err(error)],
         };
         let mut report = Vec::new();
-        report.extend(self.undo_file(&mut record).transpose());
+        let hollow = self.hollow(&mut record).await;
         report.extend(undo_resolved(&mut record).await.transpose());
+        if let Some(bus) = hollow {
+            resolved::read_again(&bus).await;
+        }
+        report.extend(self.undo_file(&mut record).transpose());
         report.extend(undo_manager(&mut record).await.transpose());
         report.extend(self.inner.store.save(&record).err().map(Err));
         report
+    }
+
+    /// Has our file name nobody if systemd-resolved runs and a link comes back in its place. It reads a resolv.conf that is
+    /// not its own, and would go on asking whom it found there when a link to its own files follows.
+    pub(super) async fn hollow(&self, record: &mut Record) -> Option<Connection> {
+        let leads_elsewhere = |replaced: &Replaced| matches!(replaced.before, Some(Found::Link(_)));
+        if !record.file.as_ref().is_some_and(leads_elsewhere) {
+            return None;
+        }
+        let bus = self.bus().await?;
+        if !bus::runs(&bus, resolved::SERVICE).await {
+            return None;
+        }
+        match self.put_hollow(record) {
+            Ok(()) => Some(bus),
+            // Putting the link back fails as this did, and says so.
+            Err(error) => {
+                tracing::debug!("{}", chain(&error));
+                None
+            }
+        }
+    }
+
+    fn put_hollow(&self, record: &mut Record) -> Result<(), Error> {
+        let path = self.resolv_conf();
+        // What somebody wrote into it is still to be kept.
+        if record.owner_of(&file::look(path)?) != Owner::Ours {
+            return Ok(());
+        }
+        let text = render(&[], "", Way::File);
+        if let Some(replaced) = &mut record.file {
+            replaced.ours.push(text.clone());
+        }
+        self.inner.store.save(record)?;
+        file::put(path, &Found::File(Contents::public(&text)))
     }
 
     /// An error if our file is there without a record.

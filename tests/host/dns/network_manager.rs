@@ -134,6 +134,22 @@ fn a_global_configuration_of_the_owner_comes_back_whole() {
 }
 
 #[test]
+fn what_network_manager_keeps_is_undone_when_it_runs_again() {
+    let (machine, [_bus, manager]) = machine("");
+    let holder = machine.hold();
+    assert_eq!(holder.ways(), "NetworkManager");
+    holder.process.kill();
+    manager.kill();
+    let (succeeded, said) = machine.try_cleanup();
+    assert!(!succeeded && said.contains("start it"), "{said}");
+    let _manager = start(&machine);
+    machine.assert_tunnel();
+    machine.cleanup();
+    machine.assert_network();
+    assert!(!fs::read_to_string(KEPT).unwrap().contains("10.96.0.1"));
+}
+
+#[test]
 fn what_network_manager_may_not_change_is_done_by_a_file() {
     let (machine, _services) = machine("[global-dns-domain-*]\nservers=192.0.2.53\n");
     let before = read();

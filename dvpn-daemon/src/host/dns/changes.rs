@@ -185,13 +185,15 @@ async fn watch_bus(connection: &Connection, seen: &Seen) -> zbus::Result<()> {
             .build();
         streams.push(MessageStream::for_match_rule(rule, connection, Some(8)).await?);
     }
-    let rule = MatchRule::builder()
-        .msg_type(Type::Signal)
-        .interface("org.freedesktop.DBus.Properties")?
-        .member("PropertiesChanged")?
-        .path(resolved::PATH)?
-        .build();
-    streams.push(MessageStream::for_match_rule(rule, connection, Some(8)).await?);
+    for path in [resolved::PATH, network_manager::PATH] {
+        let rule = MatchRule::builder()
+            .msg_type(Type::Signal)
+            .interface("org.freedesktop.DBus.Properties")?
+            .member("PropertiesChanged")?
+            .path(path)?
+            .build();
+        streams.push(MessageStream::for_match_rule(rule, connection, Some(8)).await?);
+    }
     // Whatever changed before it was watched.
     seen.restarted.store(true, Ordering::Release);
     seen.anything.notify_one();

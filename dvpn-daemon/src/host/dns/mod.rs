@@ -64,8 +64,11 @@ struct Inner {
 struct State {
     /// /etc/resolv.conf, and what is read there.
     file: (Found, String),
-    /// The link and servers that systemd-resolved was told.
-    resolved: Option<(u32, Vec<IpAddr>)>,
+    /// By which ways it was done.
+    taken: Vec<Way>,
+    /// What systemd-resolved was told of which link, and `NetworkManager` of all.
+    index: u32,
+    servers: Vec<IpAddr>,
 }
 
 impl Dns {
@@ -108,10 +111,9 @@ impl Dns {
         let file = self.observe()?;
         *self.state() = Some(State {
             file,
-            resolved: taken
-                .as_ref()
-                .is_ok_and(|ways| ways.contains(&Way::Resolved))
-                .then(|| (index, servers.to_vec())),
+            taken: taken.as_ref().cloned().unwrap_or_default(),
+            index,
+            servers: servers.to_vec(),
         });
         taken
     }
@@ -342,9 +344,16 @@ impl Dns {
             Ok(_) => return true,
             Err(error) => tracing::debug!("{}", chain(&error)),
         }
-        match (state.resolved, self.bus().await) {
-            (Some((index, servers)), Some(bus)) => !resolved::is_set(&bus, index, &servers).await,
-            (None, _) | (_, None) => false,
+        let told = |way| state.taken.contains(&way);
+        if !told(Way::Resolved) && !told(Way::NetworkManager) {
+            return false;
         }
+        // Without a bus they cannot be told anything.
+        let Some(bus) = self.bus().await else { return false };
+        (told(Way::Resolved) && !resolved::is_set(&bus, state.index, &state.servers).await)
+            || (told(Way::NetworkManager)
+                && !network_manager::global(&bus)
+                    .await
+                    .is_ok_and(|now| network_manager::is_set(&now, &state.servers)))
     }
 }

@@ -21,6 +21,8 @@ use super::{
 
 /// Its name on the bus.
 pub(super) const SERVICE: &str = "org.freedesktop.NetworkManager";
+/// The object that announces its changes.
+pub(super) const PATH: &str = "/org/freedesktop/NetworkManager";
 /// Where it keeps what is set over the bus, and the beginning of the section's name.
 const KEPT: &str = "/var/lib/NetworkManager/NetworkManager-intern.conf";
 const KEPT_SECTION: &str = "[.intern.global-dns";
@@ -30,7 +32,7 @@ const ALL_NAMES: &str = "*";
 
 const MANAGER: Object<'_> = Object {
     service: SERVICE,
-    path: "/org/freedesktop/NetworkManager",
+    path: PATH,
     interface: "org.freedesktop.NetworkManager",
 };
 const DNS_MANAGER: Object<'_> = Object {

@@ -55,7 +55,10 @@ impl Machine {
     }
 
     fn undo(&self) -> Vec<Result<String, Error>> {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
         runtime.block_on(self.dns.undo())
     }
 

@@ -2,8 +2,8 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
-    time::Instant,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
+    time::{Duration, Instant},
 };
 
 use nix::mount::{MsFlags, mount};
@@ -80,6 +80,56 @@ fn a_daemon_that_was_killed_is_followed_by_one_that_still_knows_what_was_there()
     }
     machine.cleanup();
     assert_eq!(read(), BEFORE);
+}
+
+/// Kills at moments from before it has begun to after it is done, each time on what the last one left.
+fn assert_back_after_kills(machine: &Machine) {
+    for after_ms in 0..40 {
+        let holder = machine.hold();
+        std::thread::sleep(Duration::from_millis(after_ms));
+        holder.process.kill();
+        // Every other time the next one goes on from there.
+        if after_ms % 2 == 1 {
+            machine.cleanup();
+            assert_eq!(read(), BEFORE, "killed after {after_ms} ms");
+        }
+    }
+    // What it is put back from.
+    let holder = machine.hold();
+    assert_eq!(holder.ways(), "resolv.conf");
+    holder.process.kill();
+    assert_ne!(read(), BEFORE);
+    machine.cleanup();
+    assert_eq!(read(), BEFORE);
+}
+
+#[test]
+fn killed_at_any_moment_it_leaves_what_can_be_put_back() {
+    let machine = Machine::new(None);
+    fs::write(RESOLV_CONF, BEFORE).unwrap();
+    assert_back_after_kills(&machine);
+    fs::remove_file(RESOLV_CONF).unwrap();
+    fs::write(machine.path("outside"), BEFORE).unwrap();
+    symlink(machine.path("outside"), RESOLV_CONF).unwrap();
+    assert_back_after_kills(&machine);
+    assert_eq!(fs::read_link(RESOLV_CONF).unwrap(), machine.path("outside"));
+}
+
+#[test]
+fn killed_at_any_moment_a_mounted_one_can_be_put_back_too() {
+    let machine = Machine::new(None);
+    let outside = machine.path("outside");
+    fs::write(&outside, BEFORE).unwrap();
+    fs::write(RESOLV_CONF, "").unwrap();
+    mount(
+        Some(&outside),
+        RESOLV_CONF,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .unwrap();
+    assert_back_after_kills(&machine);
 }
 
 #[test]

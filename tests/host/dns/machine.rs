@@ -27,6 +27,8 @@ pub(super) const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// The network's name server and the tunnel's, and what each of them says to every question.
 pub(super) const NETWORK: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 53);
 pub(super) const TUNNEL: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+/// The tunnel's other one; it is there for services to be told, and does not answer.
+const TUNNEL_V6: &str = "fd00:96::1";
 const BY_NETWORK: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 const BY_TUNNEL: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 /// No interface of the daemon's: cleaning up leaves it alone.
@@ -282,7 +284,9 @@ impl Machine {
     /// Starts what stands for the daemon; it has not set anything yet.
     pub(super) fn hold(&self) -> Holder {
         let mut command = self.command(program("dns-holder").unwrap());
-        command.arg(self.state()).args(["hold", INTERFACE, &TUNNEL.to_string()]);
+        command
+            .arg(self.state())
+            .args(["hold", INTERFACE, &format!("{TUNNEL},{TUNNEL_V6}")]);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let out = child.stdout.take().unwrap();
         let (sender, said) = channel();

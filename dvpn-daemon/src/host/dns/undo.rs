@@ -73,12 +73,14 @@ impl Dns {
         file::put(path, &Found::File(Contents::public(&text)))
     }
 
-    /// An error if our file is there without a record.
+    /// An error if our file is there without a record. Whatever else is there is none of our business.
     fn lost(&self) -> Result<(), Error> {
         let path = self.resolv_conf().to_owned();
-        match Record::new().owner_of(&file::look(&path)?) {
-            Owner::Theirs => Ok(()),
-            Owner::Ours | Owner::Edited => Err(Error::Lost { path }),
+        let ours = |found: Found| Record::new().owner_of(&found) != Owner::Theirs;
+        if file::look(&path).is_ok_and(ours) {
+            Err(Error::Lost { path })
+        } else {
+            Ok(())
         }
     }
 

@@ -15,6 +15,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=lib/toolchain.sh
 . scripts/lib/toolchain.sh
+# shellcheck source=lib/services.sh
+. scripts/lib/services.sh
 
 all=(pure netns fuzz)
 # By name only: with it a run takes more than an hour.
@@ -73,6 +75,7 @@ tier_netns() {
     return
   fi
   packages "the system tests" iproute2 iputils-ping dbus systemd nftables tcpdump strace curl openssl procps kmod
+  ensure_name_services
   local selection=("${system_packages[@]}" --bins) target
   for target in tunnel host hostile ebpf netns; do selection+=(--test "$target"); done
   say "netns: building programs and tests (profile lab)"

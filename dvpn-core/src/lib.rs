@@ -10,6 +10,7 @@
 //! | [`pool_key`] | whether a new key of the pool is believed |
 //! | [`node`] | whether a provider takes clients now |
 //! | [`firewall`] | what may pass in which state |
+//! | [`dns`] | by which way programs are sent to the tunnel's name servers |
 //! | [`config`] | what the operator asked for |
 //! | [`seal`] | whether a stored secret is ours and whole |
 //! | [`audit`] | what is worth recording |
@@ -22,6 +23,7 @@ pub mod approval;
 pub mod audit;
 pub mod config;
 pub mod directory;
+pub mod dns;
 pub mod firewall;
 pub mod keys;
 pub mod node;

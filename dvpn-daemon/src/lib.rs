@@ -3,7 +3,7 @@
 //! | module | does |
 //! |---|---|
 //! | [`driver`] | feeds the session machine and carries out its actions |
-//! | [`host`] | the only module that changes the machine: links, addresses, rules, nftables |
+//! | [`host`] | the only module that changes the machine: links, addresses, rules, nftables, name resolution |
 //! | [`tunnel`] | WireGuard devices behind one trait |
 //! | [`http`] | pool, payment and orchestrator clients |
 //! | [`fallback`] | the script that has a provider made, and the lease of it |

@@ -4,7 +4,7 @@ use std::{path::Path, process::ExitCode};
 
 use dvpn_daemon::{
     node, run,
-    settings::{Arguments, DEFAULT_BPF_DIRECTORY, Task},
+    settings::{Arguments, DEFAULT_BPF_DIRECTORY, DEFAULT_STATE_DIRECTORY, Task},
 };
 
 fn main() -> ExitCode {
@@ -20,14 +20,14 @@ fn main() -> ExitCode {
         // What is left on the machine goes whatever the configuration has become.
         Err(error) if arguments.task == Task::Cleanup => {
             run::refuse(&error);
-            return run::cleanup(Path::new(DEFAULT_BPF_DIRECTORY));
+            return run::cleanup(Path::new(DEFAULT_BPF_DIRECTORY), Path::new(DEFAULT_STATE_DIRECTORY));
         }
         Err(error) => return run::refuse(&error),
     };
     match arguments.task {
         Task::Run | Task::Simulate { .. } => run::serve(arguments, config, node::device()),
         Task::CheckConfig => run::print("the configuration is good"),
-        Task::Cleanup => run::cleanup(&config.bpf_directory),
+        Task::Cleanup => run::cleanup(&config.bpf_directory, &config.state_directory),
         Task::EarlyBoot => run::early_boot(&config),
     }
 }

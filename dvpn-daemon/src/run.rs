@@ -35,7 +35,7 @@ use crate::{
     control_plane::{self, ControlPlane},
     driver::{Driver, Ended, MachineEvent, Parts, Termination, Views, Watchdog},
     ebpf,
-    host::{DeviceConfig, Host},
+    host::{self, DeviceConfig, Host, dns::Dns},
     http::{self, Payment, Pool},
     logs::{self, Tail},
     node::{self, Node},
@@ -98,11 +98,15 @@ pub fn simulate(seeds: u64) -> ExitCode {
 }
 
 /// `--cleanup`: takes everything of ours off the machine and says what it was.
-pub fn cleanup(bpf_directory: &Path) -> ExitCode {
+pub fn cleanup(bpf_directory: &Path, state_directory: &Path) -> ExitCode {
     let report = runtime().and_then(|runtime| {
         runtime.block_on(async {
             let host = Host::open()?;
-            Ok(host.cleanup(bpf_directory).await)
+            // While the tunnel's link is there to be taken from systemd-resolved.
+            let names = Dns::open(state_directory).undo().await;
+            let mut report: Vec<_> = names.into_iter().map(|done| done.map_err(host::Error::from)).collect();
+            report.extend(host.cleanup(bpf_directory).await);
+            Ok(report)
         })
     });
     let report = match report {

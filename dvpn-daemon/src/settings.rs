@@ -24,6 +24,8 @@ pub const EXIT_CONFIG: u8 = 78;
 pub const DEFAULT_FILE: &str = "/etc/dvpn/dvpn.toml";
 /// Where pins are when no configuration says otherwise.
 pub const DEFAULT_BPF_DIRECTORY: &str = "/sys/fs/bpf/dvpn";
+/// What survives a restart is there when no configuration says otherwise.
+pub const DEFAULT_STATE_DIRECTORY: &str = "/var/lib/dvpn";
 /// Simulated sessions of `--simulate` without a number.
 pub const DEFAULT_SEEDS: u64 = 1000;
 

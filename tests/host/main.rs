@@ -12,6 +12,7 @@
 mod approvals;
 mod cleanup;
 mod client;
+mod dns;
 mod isolation;
 mod limits;
 mod namespace;

@@ -10,6 +10,7 @@ mod changes;
 mod cleanup;
 mod client;
 mod client_policy;
+pub mod dns;
 mod forwarding;
 mod neighbours;
 mod netlink;
@@ -126,6 +127,9 @@ pub enum Error {
     /// A blocking firewall in app mode.
     #[error("blocking all traffic needs device mode: set TUNNEL_MODE=device")]
     NotInAppMode,
+    /// Name resolution could not be put back.
+    #[error(transparent)]
+    Dns(#[from] dns::Error),
     /// Provider operations before `provider_up`.
     #[error("the provider interface is not up")]
     ProviderDown,

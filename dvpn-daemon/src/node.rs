@@ -110,6 +110,11 @@ impl Node {
             private_key,
             public_key: key,
             http: client.inner(&pool_url).await?,
+            resolvers: match client.control_plane() {
+                // The machine's own may be the tunnel's.
+                Some(plane) => plane.allow_servers().await.unwrap_or_default(),
+                None => Vec::new(),
+            },
             pool_url,
             pool_key,
             config: config.clone(),
@@ -151,6 +156,8 @@ struct Plan {
     config: Arc<Config>,
     state: State,
     http: reqwest::Client,
+    /// Where clients' questions for names go; the machine's own when empty.
+    resolvers: Vec<SocketAddr>,
     host: Host,
     audit: Audit,
     status: watch::Sender<ProviderStatus>,
@@ -235,7 +242,7 @@ impl Plan {
             http: self.http.clone(),
             host: self.host.clone(),
             tunnel: Arc::clone(&self.device),
-            resolvers: Vec::<SocketAddr>::new(),
+            resolvers: self.resolvers.clone(),
             audit: Arc::new(move |event| events.record(&event)),
             status: self.status.clone(),
         }

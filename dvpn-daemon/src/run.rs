@@ -32,7 +32,7 @@ use crate::{
     audit::Audit,
     clock::{self, Jump},
     control::{self, Control, metrics::Metrics, payments::Payments},
-    control_plane::{self, ControlPlane},
+    control_plane::ControlPlane,
     driver::{Driver, Ended, MachineEvent, Parts, Termination, Views, Watchdog},
     ebpf,
     host::{self, DeviceConfig, Host, dns::Dns},
@@ -216,7 +216,8 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     let state = State::open(&config.state_directory, config.token_passphrase.as_ref())?;
     let host = Arc::new(Host::open()?);
     let metrics = Metrics::new().context("registering the metrics")?;
-    let control_plane = device_mode(&config, &host, &state).await;
+    let dns = Dns::open(&config.state_directory);
+    let control_plane = device_mode(&config, &host, &state, &dns).await;
     let client = http::Client::new(http::Options {
         ca_file: config.ssl_cert_file.clone(),
         control_plane: control_plane.clone(),
@@ -272,7 +273,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     let bus = join_bus(control).await;
     notify("READY=1\nSTATUS=running");
 
-    let machine = watch_machine(&host, config.tunnel.mode).await;
+    let machine = watch_machine(&host, &dns, config.tunnel.mode).await;
     let (reload_sender, reload) = mpsc::channel(1);
     tokio::spawn(reload_on_hangup(arguments, reload_sender, audit.clone()));
     payments.resume(commands).await;
@@ -288,11 +289,21 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     .await;
     let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
     let restored = restore(&state, &config).await;
+    if !restored.wish || config.tunnel.mode == Mode::App {
+        // What a killed run left; a session that goes on in device mode takes it over.
+        for undone in dns.undo().await {
+            match undone {
+                Ok(what) => tracing::info!("put back after an earlier run: {what}"),
+                Err(error) => tracing::warn!("{}", chain(&error)),
+            }
+        }
+    }
     let parts = Parts {
         config,
         state,
         host,
         control_plane,
+        dns,
         pool,
         payment,
         own_node,
@@ -313,16 +324,12 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
 }
 
 /// Prepares device mode, if it is configured: how connections of our own go beside the tunnel.
-async fn device_mode(config: &Config, host: &Arc<Host>, state: &State) -> Option<ControlPlane> {
+async fn device_mode(config: &Config, host: &Arc<Host>, state: &State, dns: &Dns) -> Option<ControlPlane> {
     if config.tunnel.mode != Mode::Device {
         return None;
     }
     host.device_mode(device_config(config)).await;
-    let plane = ControlPlane::new(
-        Arc::clone(host),
-        state.clone(),
-        Arc::new(control_plane::servers_of_resolv_conf),
-    );
+    let plane = ControlPlane::new(Arc::clone(host), state.clone(), dns.clone());
     // A provider's clients ask them too.
     if let Err(error) = plane.allow_servers().await {
         tracing::warn!("letting our questions reach the name servers: {}", chain(&error));
@@ -550,7 +557,7 @@ async fn reload_on_hangup(arguments: Arguments, reload: mpsc::Sender<Arc<Config>
 }
 
 /// What happens to the machine's network, as the driver has to hear of it.
-async fn watch_machine(host: &Host, mode: Mode) -> mpsc::Receiver<MachineEvent> {
+async fn watch_machine(host: &Host, dns: &Dns, mode: Mode) -> mpsc::Receiver<MachineEvent> {
     let (sender, receiver) = mpsc::channel(4);
     match host.way_out_changes().await {
         Ok(changes) => forward(changes, MachineEvent::OtherWayOut, sender.clone()),
@@ -561,6 +568,10 @@ async fn watch_machine(host: &Host, mode: Mode) -> mpsc::Receiver<MachineEvent> 
         match host.network_changes().await {
             Ok(changes) => forward(changes, MachineEvent::Changed, sender.clone()),
             Err(error) => tracing::warn!("changes of the network are not seen: {}", chain(&error)),
+        }
+        match dns.changes() {
+            Ok(changes) => forward(changes, MachineEvent::NamesDisturbed, sender.clone()),
+            Err(error) => tracing::warn!("what others do to name resolution is not seen: {}", chain(&error)),
         }
         match host.losses().await {
             Ok(losses) => forward(losses, MachineEvent::Loss, sender),

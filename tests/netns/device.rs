@@ -15,7 +15,7 @@ use dvpn_tests::{
     leak::{LeakWatch, UPLINK, exit_address},
     namespace::Namespace,
     network::{CLIENT, NetworkConfig, POOL, PREFIX, ROOT, WEB},
-    node::{Daemon, Environment, POOL_PORT},
+    node::{Daemon, Environment, POOL_PORT, resolv_conf},
     process::{Process, Surroundings, program, wait_for},
     snapshot,
     world::{CONNECT_PATIENCE, World, unique_id},
@@ -98,7 +98,13 @@ fn every_program_goes_through_the_tunnel_and_after_stop_the_machine_is_as_before
     let world = build(&[8, 10], |environment| environment)?;
     world.pay()?;
     let before = network_of(&world)?;
+    let names = || Ok::<_, anyhow::Error>(std::fs::read_to_string(resolv_conf(&world.network.client)?)?);
+    let names_before = names()?;
     let status = world.ask().connect(CONNECT_PATIENCE)?;
+    wait_for("name servers inside the tunnel", PATIENCE, || {
+        Ok(names()?.contains("nameserver 10.").then_some(()))
+    })
+    .with_context(|| names().unwrap_or_default())?;
     for _ in 0..5 {
         ensure!(
             direct(&world)? == IpAddr::V4(world.address_of(&status)?),
@@ -109,6 +115,11 @@ fn every_program_goes_through_the_tunnel_and_after_stop_the_machine_is_as_before
     world.ask().check_no_way_around()?;
     let after = network_of(&world)?;
     ensure!(after == before, "Stop left something:\n{after}\nbefore:\n{before}");
+    let names_after = names()?;
+    ensure!(
+        names_after == names_before,
+        "names are resolved by {names_after:?}, before {names_before:?}"
+    );
     Ok(())
 }
 
@@ -197,7 +208,7 @@ fn cleanup_opens_what_a_killed_daemon_left_and_a_new_start_alone_does_not() -> R
     world.pay_and_connect()?;
     world.client.process.kill()?;
     let environment = world.client.environment.clone();
-    Daemon::run(&world.network, &world.network.client, &environment, &["--cleanup"])?;
+    Daemon::run(&world.network.client, &environment, &["--cleanup"])?;
     let after = network_of(&world)?;
     ensure!(after == before, "--cleanup left something:\n{after}\nbefore:\n{before}");
     Ok(())
@@ -235,7 +246,9 @@ fn what_others_do_to_rules_routes_and_firewall_lets_nothing_out_and_is_undone() 
             Ok((last == standing).then_some(()))
         })
         .with_context(|| format!("{what}: it stood\n{standing}\nand now\n{last}"))?;
-        let begun = Instant::now(); wait_for_traffic(&world, CONNECT_PATIENCE).with_context(|| what.to_owned())?; eprintln!("{what}: traffic after {:?}", begun.elapsed());
+        let begun = Instant::now();
+        wait_for_traffic(&world, CONNECT_PATIENCE).with_context(|| what.to_owned())?;
+        eprintln!("{what}: traffic after {:?}", begun.elapsed());
         watch.check(what)?;
     }
     // Routes that are more specific than a default route lead nobody away.
@@ -413,14 +426,14 @@ fn early_boot_blocks_for_whoever_was_connected_and_the_service_goes_on() -> Resu
     let mut world = build(&[8], |environment| environment)?;
     let environment = world.client.environment.clone();
     let client = &world.network.client;
-    let says = Daemon::run(&world.network, client, &environment, &["--early-boot"])?;
+    let says = Daemon::run(client, &environment, &["--early-boot"])?;
     ensure!(says.contains("nothing is to be blocked"), "{says}");
     world.pay_and_connect()?;
     world.client.process.kill()?;
     // The machine starts: nothing stands.
-    Daemon::run(&world.network, &world.network.client, &environment, &["--cleanup"])?;
+    Daemon::run(&world.network.client, &environment, &["--cleanup"])?;
     let mut watch = LeakWatch::begin(&world.network.client)?;
-    Daemon::run(&world.network, &world.network.client, &environment, &["--early-boot"])?;
+    Daemon::run(&world.network.client, &environment, &["--early-boot"])?;
     watch.flood()?;
     ensure!(world.ask().namespace().connect(WEB_SITE, TIMEOUT).is_err());
     watch.check("early boot")?;
@@ -433,9 +446,9 @@ fn early_boot_blocks_for_whoever_was_connected_and_the_service_goes_on() -> Resu
 fn names_resolve_beside_the_tunnel_for_the_daemon_alone_and_are_remembered() -> Result<()> {
     const NAME: &str = "pool.dvpn.test";
     let network = NetworkConfig::with_round_trips(&unique_id(), &[8]);
-    let resolv_conf = FilePath::new(ROOT).join(&network.id).join("resolv.conf");
+    let names_file = FilePath::new(ROOT).join(&network.id).join("client/resolv.conf");
     let mut world = World::build_with(&network, |environment| {
-        let written = std::fs::write(&resolv_conf, format!("nameserver {POOL}\n"));
+        let written = std::fs::write(&names_file, format!("nameserver {POOL}\n"));
         assert!(written.is_ok(), "{written:?}");
         environment
             .with("TUNNEL_MODE", "device")

@@ -23,7 +23,7 @@ fn after_kill_9_cleanup_leaves_the_machine_as_it_was() -> Result<()> {
     );
     ensure!(during.contains("dvpn0"), "no tunnel interface in:\n{during}");
     world.client.process.kill()?;
-    Daemon::run(network, &network.client, &world.client.environment, &["--cleanup"])?;
+    Daemon::run(&network.client, &world.client.environment, &["--cleanup"])?;
     let after = snapshot::take(&network.client.namespace, &bpf)?;
     let left = snapshot::difference(&world.client_before, &after);
     ensure!(left.is_empty(), "--cleanup left or removed:\n{left}");
@@ -35,7 +35,7 @@ fn after_kill_9_cleanup_leaves_the_machine_as_it_was() -> Result<()> {
     let during = snapshot::take(&machine.namespace, &bpf)?;
     ensure!(during.contains("dvpnp0"), "no provider interface in:\n{during}");
     daemon.process.kill()?;
-    Daemon::run(network, machine, &daemon.environment, &["--cleanup"])?;
+    Daemon::run(machine, &daemon.environment, &["--cleanup"])?;
     let after = snapshot::take(&machine.namespace, &bpf)?;
     let left = snapshot::difference(&world.provider_before, &after);
     ensure!(left.is_empty(), "--cleanup left or removed on the provider:\n{left}");
@@ -113,7 +113,6 @@ fn neither_client_nor_provider_nor_cleanup_executes_a_program() -> Result<()> {
     provider.process.wait_exit(Duration::from_secs(10))?;
     let machine = world.network.providers.first().context("its machine")?;
     Daemon::run_by(
-        &world.network,
         machine,
         &provider.environment,
         &["--cleanup"],

@@ -208,7 +208,7 @@ impl Daemon {
             .with("BPF_DIRECTORY", network.bpf_directory(machine))
             .with("DBUS_SYSTEM_BUS_ADDRESS", bus.address().as_str())
             .with("NOTIFY_SOCKET", &notify_path);
-        let resolv_conf = resolv_conf(network)?;
+        let resolv_conf = resolv_conf(machine)?;
         let log = directory.join("log");
         let surroundings = Surroundings {
             namespace: &machine.namespace,
@@ -240,13 +240,12 @@ impl Daemon {
     }
 
     /// Runs `dvpn-daemon` with other arguments in the same place and waits for its end: `--cleanup`, `--check-config`.
-    pub fn run(network: &Network, machine: &Machine, environment: &Environment, arguments: &[&str]) -> Result<String> {
-        Self::run_by(network, machine, environment, arguments, |command| command)
+    pub fn run(machine: &Machine, environment: &Environment, arguments: &[&str]) -> Result<String> {
+        Self::run_by(machine, environment, arguments, |command| command)
     }
 
     /// The same with the command changed.
     pub fn run_by(
-        network: &Network,
         machine: &Machine,
         environment: &Environment,
         arguments: &[&str],
@@ -258,7 +257,7 @@ impl Daemon {
             .command(&program("dvpn-daemon")?);
         command.args(arguments);
         let log = machine.directory.join(format!("log{}", arguments.concat()));
-        let resolv_conf = resolv_conf(network)?;
+        let resolv_conf = resolv_conf(machine)?;
         let surroundings = Surroundings {
             namespace: &machine.namespace,
             log: &log,
@@ -294,9 +293,9 @@ pub fn listed(network: &Network, ca: &Path) -> Result<usize> {
         .map_or(0, Vec::len))
 }
 
-/// A resolv.conf that names the name server beyond the providers.
-fn resolv_conf(network: &Network) -> Result<PathBuf> {
-    let path = network.directory.join("resolv.conf");
+/// What a machine finds as its resolv.conf: it names the name server beyond the providers.
+pub fn resolv_conf(machine: &Machine) -> Result<PathBuf> {
+    let path = machine.directory.join("resolv.conf");
     if !path.exists() {
         std::fs::write(&path, format!("nameserver {WEB}\n")).with_context(|| format!("writing {}", path.display()))?;
     }

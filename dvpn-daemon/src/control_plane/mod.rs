@@ -30,7 +30,7 @@ pub use relay::{Door, Relay};
 pub(crate) use sockets::{Marked, mark};
 
 use crate::{
-    host::{self, Host},
+    host::{self, Host, dns::Dns},
     race::race,
     resolve::{self, Resolver, Sockets as _},
     state::State,
@@ -43,9 +43,6 @@ const MAX_NAMES: usize = 16;
 
 /// The socket of the program that runs for us, in the state directory.
 const DOOR: &str = "orchestrator.socket";
-
-/// Where the network's name servers are to be learned from, whenever a name is asked for.
-pub type NameServers = Arc<dyn Fn() -> Vec<SocketAddr> + Send + Sync>;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +83,7 @@ pub struct ControlPlane(Arc<Inner>);
 struct Inner {
     host: Arc<Host>,
     state: State,
-    servers: NameServers,
+    dns: Dns,
     /// Each name's last addresses, as the disk has them.
     names: Mutex<BTreeMap<String, Vec<IpAddr>>>,
     relays: tokio::sync::Mutex<BTreeMap<String, Relay>>,
@@ -101,12 +98,12 @@ impl std::fmt::Debug for ControlPlane {
 
 impl ControlPlane {
     /// On this machine, with the names that `state` remembers.
-    pub fn new(host: Arc<Host>, state: State, servers: NameServers) -> Self {
+    pub fn new(host: Arc<Host>, state: State, dns: Dns) -> Self {
         let names = Mutex::new(state.names());
         Self(Arc::new(Inner {
             host,
             state,
-            servers,
+            dns,
             names,
             relays: tokio::sync::Mutex::default(),
             hosts: OnceCell::new(),
@@ -186,9 +183,15 @@ impl ControlPlane {
         }
     }
 
+    /// Lets marked questions reach the network's name servers, as they are now, and says which those are.
+    pub async fn allow_servers(&self) -> Result<Vec<SocketAddr>, Error> {
+        let servers = self.0.dns.network_servers().await;
+        let told = self.0.host.set_resolvers(&servers).await;
+        told.map(|()| servers).map_err(Error::Firewall)
+    }
+
     async fn ask(&self, name: &str) -> Result<Vec<IpAddr>, Error> {
-        let servers = (self.0.servers)();
-        self.0.host.set_resolvers(&servers).await.map_err(Error::Firewall)?;
+        let servers = self.allow_servers().await?;
         let failed = |source| Error::Name {
             name: name.to_owned(),
             source,
@@ -234,13 +237,4 @@ impl ControlPlane {
     fn names(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<IpAddr>>> {
         self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// The servers of resolv.conf(5) that are not this machine's own: what those forward would be blocked.
-pub fn servers_of_resolv_conf() -> Vec<SocketAddr> {
-    let servers = crate::provider::system_resolvers().unwrap_or_default();
-    servers
-        .into_iter()
-        .filter(|server| !server.ip().is_loopback())
-        .collect()
 }

@@ -31,7 +31,8 @@ use crate::{
     control::metrics::Metrics,
     control_plane::Marked,
     ebpf,
-    host::{ClientNetwork, Host},
+    host::{ClientNetwork, Host, dns::Dns},
+    run::chain,
     socks5::TunnelPath,
     tunnel::{
         self, CLIENT_INTERFACE, DEFAULT_MTU_BYTES, FWMARK, MIN_MTU_BYTES, PeerConfig, Renewal, Tunnel, TunnelConfig,
@@ -62,6 +63,8 @@ pub(super) enum Order {
     /// Take the device down. What guards its addresses stays: a session that goes on elsewhere leaves sockets behind
     /// that still send from them.
     TearDown(Attempt),
+    /// Make the machine's name resolution go through the device, if one stands.
+    Names,
     /// Answer, to show that the orders before this were carried out.
     Ping(oneshot::Sender<()>),
     /// No session goes on: take away the guard, rules and routes as well.
@@ -74,6 +77,8 @@ pub(super) struct Surroundings {
     pub metrics: Metrics,
     /// Configured name servers, reached through the tunnel; the provider's own when empty.
     pub dns: Vec<SocketAddr>,
+    /// The machine's own name resolution, in device mode.
+    pub names: Option<Dns>,
     /// Attaches the programs of this interface.
     pub loader: ebpf::Loader,
     /// The counting programs on the interface, read by `/metrics`.
@@ -88,6 +93,8 @@ struct Device {
     tunnel: Arc<Box<dyn Tunnel>>,
     addresses: Vec<IpAddr>,
     probe: Option<SocketAddr>,
+    /// The name servers inside.
+    servers: Vec<IpAddr>,
     path: Arc<TunnelPath>,
     /// Everything that uses the device; ended before it is closed.
     tasks: JoinSet<()>,
@@ -149,12 +156,19 @@ pub(super) fn spawn(
                     tear_down(&path, device.take()).await;
                     tell(&inputs, Input::TornDown(attempt)).await;
                 }
+                Order::Names => {
+                    if let Some(device) = &device {
+                        resolve_through(&surroundings, &device.servers).await;
+                    }
+                }
                 Order::Ping(done) => {
                     if done.send(()).is_err() {
                         tracing::debug!("nobody waits for the tunnel task's sign of life");
                     }
                 }
                 Order::Clear(done) => {
+                    // While the link is there that a service was told of.
+                    resolve_as_before(&surroundings).await;
                     tear_down(&path, device.take()).await;
                     undo(&surroundings).await;
                     guarded.clear();
@@ -249,6 +263,7 @@ async fn configure(
     )
     .await;
     if made.is_err() {
+        resolve_as_before(surroundings).await;
         close(tunnel).await;
         undo(surroundings).await;
     }
@@ -302,6 +317,8 @@ async fn finish(
             .any(|ours| ours.is_ipv4() == address.is_ipv4())
     };
     let dns: Vec<SocketAddr> = dns.into_iter().filter(carried).collect();
+    let servers: Vec<IpAddr> = dns.iter().map(SocketAddr::ip).collect();
+    resolve_through(surroundings, &servers).await;
     let path = TunnelPath::new(CLIENT_INTERFACE, &addresses, approval.gateways(), &dns)
         .map(Arc::new)
         .map_err(|error| failure("preparing name resolution through the tunnel", &error, "set TUNNEL_DNS"))?;
@@ -311,6 +328,7 @@ async fn finish(
         tunnel: Arc::clone(&tunnel),
         addresses,
         probe: dns.first().copied(),
+        servers,
         path,
         tasks: JoinSet::new(),
     };
@@ -473,6 +491,30 @@ async fn tear_down(path: &watch::Sender<Option<(Attempt, Arc<TunnelPath>)>>, dev
 async fn close(tunnel: Arc<Box<dyn Tunnel>>) {
     if let Some(tunnel) = Arc::into_inner(tunnel) {
         tunnel.close().await;
+    }
+}
+
+/// Names are a convenience: the firewall keeps questions from leaving beside the tunnel whatever becomes of this.
+async fn resolve_through(surroundings: &Surroundings, servers: &[IpAddr]) {
+    let (Some(names), Ok(index)) = (&surroundings.names, nix::net::if_::if_nametoindex(CLIENT_INTERFACE)) else {
+        return;
+    };
+    match names.set(CLIENT_INTERFACE, index, servers).await {
+        Ok(ways) => tracing::debug!("names are resolved through the tunnel: {ways:?}"),
+        Err(error) => tracing::warn!("programs of this machine may resolve no names: {}", chain(&error)),
+    }
+}
+
+async fn resolve_as_before(surroundings: &Surroundings) {
+    let Some(names) = &surroundings.names else { return };
+    for undone in names.undo().await {
+        match undone {
+            Ok(what) => tracing::debug!("put back: {what}"),
+            Err(error) => tracing::warn!(
+                "name resolution is not yet what it was: {}: dvpn-daemon --cleanup puts it back",
+                chain(&error)
+            ),
+        }
     }
 }
 

@@ -38,7 +38,7 @@ use crate::{
     control_plane::ControlPlane,
     ebpf,
     fallback::{Fallback, lease::Leases},
-    host::Host,
+    host::{Host, dns::Dns},
     http::{Payment, Pool},
     socks5::{TunnelPath, TunnelWatch},
     state::State,
@@ -59,6 +59,8 @@ pub struct Parts {
     pub host: Arc<Host>,
     /// Makes the connections beside the tunnel in device mode.
     pub control_plane: Option<ControlPlane>,
+    /// The machine's name resolution.
+    pub dns: Dns,
     /// The pool, once `POOL_URL` is set.
     pub pool: Option<Pool>,
     /// The payment server, once `PAYMENT_API_URL` is set.
@@ -93,6 +95,8 @@ pub enum MachineEvent {
     Changed,
     /// Something of ours may be gone.
     Loss,
+    /// Somebody else may have changed the machine's name resolution.
+    NamesDisturbed,
     /// The machine was suspended.
     Resumed,
     /// The wall clock was set: what is due by it may be due now.
@@ -193,6 +197,7 @@ impl Driver {
             host: Arc::clone(&parts.host),
             metrics: parts.metrics.clone(),
             dns,
+            names: (parts.config.tunnel.mode == Mode::Device).then(|| parts.dns.clone()),
             loader: ebpf::Loader::new(parts.config.bpf_directory.clone()),
             counters: Arc::clone(&parts.counters),
             backend: backend_sender,
@@ -290,6 +295,7 @@ impl Driver {
     async fn on_machine(&mut self, event: MachineEvent) {
         let done = match event {
             MachineEvent::OtherWayOut => return self.feed(Input::NetworkChanged),
+            MachineEvent::NamesDisturbed => return self.order(Order::Names).await,
             MachineEvent::ClockSet => return self.session.handle_timeout(now()),
             MachineEvent::Resumed => {
                 // Whoever we were connected to has forgotten us, or we are on another network.

@@ -115,6 +115,11 @@ impl Client {
         }))
     }
 
+    /// What makes its connections, in device mode.
+    pub fn control_plane(&self) -> Option<&ControlPlane> {
+        self.0.options.control_plane.as_ref()
+    }
+
     /// The client underneath for this host, for streams and uploads that the methods here do not cover; builds it if need
     /// be. Errors of its requests are mapped by [`Error::from_request`]; its callers set their own time limits.
     pub async fn inner(&self, url: &Url) -> Result<reqwest::Client, Error> {

@@ -18,7 +18,9 @@ use dvpn_common::{
     limits::MAX_LIST_BYTES,
 };
 use dvpn_core::{Failure, Retry};
-use dvpn_daemon::http::{CONNECT_TIMEOUT, Client, EXCHANGE_TIMEOUT, Error, LIST_TIMEOUT, Options, Payment, Pool, TlsProblem};
+use dvpn_daemon::http::{
+    CONNECT_TIMEOUT, Client, EXCHANGE_TIMEOUT, Error, LIST_TIMEOUT, Options, Payment, Pool, TlsProblem,
+};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

@@ -136,7 +136,11 @@ mod tests {
         ] {
             assert!(count > 4_000, "{count} {what} in 10,000 worlds");
         }
-        assert!(counts.regained > 400, "{} renewals after a lost answer", counts.regained);
+        assert!(
+            counts.regained > 400,
+            "{} renewals after a lost answer",
+            counts.regained
+        );
     }
 
     #[test]

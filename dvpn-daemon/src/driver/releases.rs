@@ -234,7 +234,10 @@ mod tests {
         }
         let numbers = releases.numbers();
         assert_eq!(numbers.len(), MAX_OWED);
-        assert_eq!((numbers.first(), numbers.last()), (Some(&2), Some(&(u64::from(most) + 1))));
+        assert_eq!(
+            (numbers.first(), numbers.last()),
+            (Some(&2), Some(&(u64::from(most) + 1)))
+        );
         assert!(releases.begin(1, at(0)).await.is_none());
     }
 

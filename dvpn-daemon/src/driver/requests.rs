@@ -247,7 +247,10 @@ impl Requests {
         for release in held {
             releases.owe(release);
         }
-        let tries = releases.numbers().into_iter().map(|number| self.shared.try_release(number));
+        let tries = releases
+            .numbers()
+            .into_iter()
+            .map(|number| self.shared.try_release(number));
         futures::future::join_all(tries).await.into_iter().all(|done| done)
     }
 

@@ -78,7 +78,11 @@ async fn a_renewal_whose_answer_was_lost_is_answered_again_also_when_the_renewed
     let again = granted(pool.access.renew("node-a", &token, new, old).await).await;
     assert_eq!(again.addresses, first.addresses);
     assert_eq!(node.keys(), [new]);
-    assert_eq!(node.peer(new).unwrap().renews, None, "there is nothing left to take over");
+    assert_eq!(
+        node.peer(new).unwrap().renews,
+        None,
+        "there is nothing left to take over"
+    );
     // Who was not there does not come in that way.
     let (status, error) = refusal(pool.access.renew("node-a", &token, client_key(3), old).await).await;
     assert_eq!(status, 409, "{error}");

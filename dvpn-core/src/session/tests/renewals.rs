@@ -211,7 +211,11 @@ fn a_renewal_without_any_answer_is_given_up_and_asked_for_again() {
     rig.expire();
     assert!(rig.did(|a| *a == Action::Cancel(first)), "{:?}", rig.last);
     assert_eq!(until_asked(&mut rig), 1);
-    assert!(rig.did(|a| matches!(a, Action::Approve(n, ..) if *n > first)), "{:?}", rig.last);
+    assert!(
+        rig.did(|a| matches!(a, Action::Approve(n, ..) if *n > first)),
+        "{:?}",
+        rig.last
+    );
 }
 
 #[test]

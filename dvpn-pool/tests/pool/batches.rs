@@ -159,7 +159,13 @@ impl Ledger {
                         self.last.insert(token, (wanted, *row));
                         said
                     }
-                    refused => format!("{refused:?}"),
+                    refused @ (ApproveOutcome::KeyTaken
+                    | ApproveOutcome::NodeFull
+                    | ApproveOutcome::NodeDraining
+                    | ApproveOutcome::NothingToRenew
+                    | ApproveOutcome::RenewalPending
+                    | ApproveOutcome::Superseded
+                    | ApproveOutcome::NotThere) => format!("{refused:?}"),
                 }
             }
             Op::Acknowledge(token) => {

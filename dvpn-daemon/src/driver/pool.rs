@@ -280,7 +280,7 @@ impl Shared {
         }
         let token = self.usable_token().await?;
         let (key, asked_before) = match &self.static_key {
-            Some(key) => (key.clone(), false),
+            Some(key) => (key.clone(), true),
             None => self.known.key_for(&provider.id, &token, renews)?,
         };
         let client_key = public_key(&key).map_err(|error| {

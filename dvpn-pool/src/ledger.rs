@@ -36,6 +36,16 @@ enum Change {
     Release(Release),
 }
 
+impl Change {
+    /// An acknowledgement of a token's only key.
+    fn acknowledged_alone(&self) -> Option<&Acknowledgement> {
+        match self {
+            Self::Acknowledge(done) if !done.others => Some(done),
+            Self::Acknowledge(_) | Self::Approve(_) | Self::Withdraw(_) | Self::Release(_) => None,
+        }
+    }
+}
+
 struct Release {
     node: ProviderId,
     key: PublicKey,
@@ -162,9 +172,22 @@ pub async fn write(pool: Arc<Pool>, mut queue: Queue) {
 
 async fn together(pool: &Pool, jobs: &[Job]) -> Result<Vec<Changed>, store::Error> {
     let mut batch = pool.store.batch().await?;
+    // An acknowledgement that ends nothing has to do with no other change: all of them are one statement.
+    let alone = jobs.iter().filter_map(|job| job.change.acknowledged_alone());
+    let acknowledged = batch.acknowledge_alone(&alone.collect::<Vec<_>>()).await?;
+    let mut acknowledged = acknowledged.into_iter();
+    let wanted = jobs.iter().filter_map(|job| match &job.change {
+        Change::Approve(wanted) => Some(&**wanted),
+        Change::Acknowledge(_) | Change::Withdraw(_) | Change::Release(_) => None,
+    });
+    batch.read_ahead(&wanted.collect::<Vec<_>>()).await?;
     let mut changed = Vec::with_capacity(jobs.len());
     for job in jobs {
-        changed.push(apply(pool, &mut batch, &job.change).await?);
+        changed.push(if job.change.acknowledged_alone().is_some() {
+            Changed::Acknowledge(acknowledged.next().flatten())
+        } else {
+            apply(pool, &mut batch, &job.change).await?
+        });
     }
     batch.commit().await?;
     Ok(changed)

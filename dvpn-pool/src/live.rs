@@ -7,7 +7,7 @@ mod standby;
 use std::{
     collections::BTreeMap,
     net::IpAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -379,9 +379,11 @@ impl Live {
         }
     }
 
-    /// The list, rebuilt only if something in it changed or it gets old.
-    pub fn list(&self, signer: &Signer, now: jiff::Timestamp) -> ProviderDocument {
+    /// The list, rebuilt only if something in it changed or it gets old. `signer` is asked when nobody else looks at the
+    /// list: a key that was given up meanwhile signs it no more.
+    pub fn list(&self, signer: impl FnOnce() -> Arc<Signer>, now: jiff::Timestamp) -> ProviderDocument {
         let mut state = self.state();
+        let signer = &*signer();
         let State {
             nodes,
             list,

@@ -18,7 +18,9 @@ use dvpn_common::{
     limits::MAX_LIST_BYTES,
 };
 use dvpn_core::{Failure, Retry};
-use dvpn_daemon::http::{CONNECT_TIMEOUT, Client, Error, LIST_TIMEOUT, Options, Payment, Pool, TlsProblem};
+use dvpn_daemon::http::{
+    CONNECT_TIMEOUT, Client, EXCHANGE_TIMEOUT, Error, LIST_TIMEOUT, Options, Payment, Pool, TlsProblem,
+};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -533,7 +535,7 @@ async fn verify_approve_and_list_share_one_connection_and_say_only_what_they_mus
         proof: None,
         renews: None,
     };
-    let answer = pool.approve(&approve).await.unwrap();
+    let answer = pool.approve(&approve, EXCHANGE_TIMEOUT).await.unwrap();
     assert_eq!((answer.status, answer.retry_after), (200, Some(Duration::from_secs(7))));
     payment
         .checkout_status(&"c1".parse().unwrap(), Some("s"))

@@ -15,7 +15,8 @@
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
 //! | `kills` | pool, provider and client killed at random points of everything they do together |
-//! | `renewal` | a fresh key under a running tunnel, without a lost packet |
+//! | `release` | a connection that ends while the pool is down is given back later |
+//! | `renewal` | a fresh key under a running tunnel, without a lost packet, also when the pool's answer is lost |
 //! | `rotation` | the pool changes its key under a running tunnel |
 //! | `hostile` | a pool that turns hostile |
 
@@ -24,6 +25,7 @@ mod chain;
 mod contract;
 mod control;
 mod counterpart;
+mod database;
 mod device;
 mod failover;
 mod fallback;
@@ -34,5 +36,6 @@ mod lab;
 mod leaks;
 mod owner;
 mod payment;
+mod release;
 mod renewal;
 mod rotation;

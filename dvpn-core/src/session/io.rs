@@ -159,7 +159,8 @@ pub enum Action {
     /// answer `Verified`.
     Verify(Attempt, ProviderId),
     /// Ask the pool to admit a fresh key at this provider; answer `Approved`. With a key, the fresh one is to follow that
-    /// one without a break.
+    /// one without a break; where the pool's answer to the same question is still missing, it is asked for the same fresh
+    /// one, for it may have admitted that.
     Approve(Attempt, Box<Provider>, Subscription, Option<PublicKey>),
     /// Ask the orchestrator for a provider; answer `Provisioned`.
     Provision(Attempt, Subscription),

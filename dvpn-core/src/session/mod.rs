@@ -24,10 +24,11 @@
 //! [`Session::poll_action`] gives in order, sleep until [`Session::poll_timeout`]. Every question carries an
 //! [`Attempt`]; an answer with another number than the one awaited is dropped.
 //!
-//! An approval is renewed beside the running tunnel from half of its life on: verify, approve, then the tunnel goes over
-//! to the fresh key while it stands (`RenewTunnel`), and the state stays. Where the fresh approval gives other addresses,
-//! or the hand-over fails again and again, the same provider is connected anew under it (`Connected → Disconnecting →
-//! Connecting`). While no fresh approval is to be had the tunnel stays until the old one's end. A provider that the
+//! An approval is renewed beside the running tunnel from half of its life on: verify, approve (asked again within seconds
+//! when the answer is lost, for the pool may have acted on it), then the tunnel goes over to the fresh key while it stands
+//! (`RenewTunnel`), and the state stays. Where the fresh approval gives other addresses, or the hand-over fails again and
+//! again, the same provider is connected anew under it (`Connected → Disconnecting → Connecting`). While no fresh approval
+//! is to be had the tunnel stays until the old one's end. A provider that the
 //! orchestrator made is not the pool's to approve: whoever drives the session renews its lease and says so
 //! ([`Input::LeaseExtended`]), and returns it once [`Session::lease`] names it no more.
 
@@ -225,9 +226,11 @@ impl Session {
             State::Connected(tunnel) | State::Degraded(tunnel) => {
                 let renewal = match &tunnel.renewal {
                     Renewal::Waiting(at) => (self.instant_of(*at), "renew the approval"),
-                    Renewal::Verifying(question) | Renewal::Approving(question) => {
-                        (question.deadline, "no renewed approval")
+                    Renewal::Verifying(question) => (question.deadline, "no renewed approval"),
+                    Renewal::Approving(asking) if asking.pausing => {
+                        (asking.question.deadline, "ask for the renewed approval again")
                     }
+                    Renewal::Approving(asking) => (asking.question.deadline, "no renewed approval"),
                     Renewal::HandingOver(hand_over) => (hand_over.question.deadline, "hand-over of the tunnel"),
                 };
                 let traffic = (tunnel.liveness.assess_at(), "no traffic sample");

@@ -11,6 +11,7 @@ use crate::{
     approval::{Approval, Lease},
     directory::Provider,
     firewall::Phase,
+    payment::Subscription,
 };
 
 /// Where the session is.
@@ -128,9 +129,22 @@ pub(super) enum Renewal {
     /// Whether the payment still holds.
     Verifying(Question),
     /// Whether the pool admits a fresh key.
-    Approving(Question),
+    Approving(Asking),
     /// The tunnel goes over to the fresh approval.
     HandingOver(HandOver),
+}
+
+/// The pool is asked to let the tunnel go on under a fresh key.
+#[derive(Debug)]
+pub(super) struct Asking {
+    /// Its deadline is the pool's answer, or the next try.
+    pub(super) question: Question,
+    /// By what right.
+    pub(super) subscription: Subscription,
+    /// Tries without an answer that settles it.
+    pub(super) failed: u32,
+    /// True while the next try is waited for.
+    pub(super) pausing: bool,
 }
 
 /// A tunnel on its way from one approval to the next.

@@ -51,6 +51,7 @@ impl fmt::Display for Report {
             switches,
             provisions,
             renewals,
+            regained,
             restarts,
         } = self.counts;
         let runs = self.seeds.end.saturating_sub(self.seeds.start);
@@ -66,7 +67,8 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "{provisions} fallback providers, {renewals} renewals, {restarts} restarts of the daemon"
+            "{provisions} fallback providers, {renewals} renewals, {regained} of them after a lost answer, {restarts} \
+             restarts of the daemon"
         )?;
         for (seed, broken) in &self.failures {
             writeln!(f, "seed {seed}: {broken}")?;
@@ -96,6 +98,7 @@ pub fn run(seeds: Range<u64>, start: Now) -> Report {
         sum.switches += one.switches;
         sum.provisions += one.provisions;
         sum.renewals += one.renewals;
+        sum.regained += one.regained;
         sum.restarts += one.restarts;
         match result {
             Ok(()) => {}
@@ -133,6 +136,11 @@ mod tests {
         ] {
             assert!(count > 4_000, "{count} {what} in 10,000 worlds");
         }
+        assert!(
+            counts.regained > 400,
+            "{} renewals after a lost answer",
+            counts.regained
+        );
     }
 
     #[test]

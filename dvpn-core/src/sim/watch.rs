@@ -3,13 +3,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use dvpn_common::{keys::PublicKey, status::StateName};
 
 use crate::{
-    Now,
+    Now, Retry,
     approval::Approval,
     directory::Provider,
     firewall::{Exemptions, Policy, ProbeTarget},
@@ -21,6 +21,11 @@ use crate::{
 const MAX_ACTIONS: usize = 14;
 /// An idle tunnel is probed every 20 s, is degraded 5 s later and is looked at once a second.
 const LONGEST_SILENCE: Duration = Duration::from_secs(27);
+
+/// The pool's answer to a renewal counts as lost this often before it is left alone for long.
+const RENEWAL_TRIES: u32 = 5;
+/// And is asked again within this.
+const ASKED_AGAIN: Duration = Duration::from_secs(8);
 
 /// An invariant that does not hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +69,10 @@ pub struct Watch {
     /// Keys that a pool admitted for tunnels, and that were not released.
     held: BTreeSet<PublicKey>,
     last_rx: Option<(Now, u64)>,
+    /// How often the renewal under way was asked for.
+    renewal_tries: u32,
+    /// Since when it is to be asked for again.
+    unanswered: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,6 +106,8 @@ impl Watch {
             key: None,
             held: BTreeSet::new(),
             last_rx: None,
+            renewal_tries: 0,
+            unanswered: None,
         }
     }
 
@@ -161,6 +172,7 @@ impl Watch {
             }
             Input::TokenChanged => {
                 self.subscriptions.clear();
+                self.unanswered = None;
                 true
             }
             Input::NetworkChanged => true,
@@ -181,8 +193,16 @@ impl Watch {
             }
             Input::Approved(attempt, answer) => {
                 let awaited = self.open.remove(&(*attempt, Kind::Approved));
-                if let (true, Ok(approval)) = (awaited, answer) {
-                    self.approvals.insert(*attempt, approval.clone());
+                match answer {
+                    Ok(approval) if awaited => {
+                        self.approvals.insert(*attempt, approval.clone());
+                    }
+                    // The pool may have acted, and takes the old key off soon.
+                    Err(failure) if awaited && self.tunnel.is_some() => {
+                        let again = failure.retry != Retry::Never && self.renewal_tries < RENEWAL_TRIES;
+                        self.unanswered = again.then_some(now.instant);
+                    }
+                    Ok(_) | Err(_) => {}
                 }
                 awaited
             }
@@ -276,6 +296,11 @@ impl Watch {
             StateName::Disconnecting => {}
         }
         hold!(
+            self.unanswered
+                .is_none_or(|since| now.instant.saturating_duration_since(since) <= ASKED_AGAIN),
+            "a renewal whose answer is lost is not asked for again"
+        );
+        hold!(
             self.tunnel.is_some() || self.held.is_empty(),
             "no tunnel, and keys that were not released"
         );
@@ -324,6 +349,7 @@ impl Watch {
             }
             Action::Verify(attempt, _) => {
                 self.number(*attempt, false)?;
+                (self.renewal_tries, self.unanswered) = (0, None);
                 self.open.insert((*attempt, Kind::Verified));
             }
             Action::Approve(attempt, provider, subscription, renews) => {
@@ -336,6 +362,8 @@ impl Watch {
                     self.is_paid(subscription, now),
                     "an approval is asked for without a verified subscription"
                 );
+                self.renewal_tries += 1;
+                self.unanswered = None;
                 self.asked.insert(*attempt, (**provider).clone());
                 self.open.insert((*attempt, Kind::Approved));
             }
@@ -432,6 +460,7 @@ impl Watch {
                     self.tunnel == Some(*attempt),
                     "{action:?} for a tunnel that does not stand"
                 );
+                self.unanswered = None;
                 // A hand-over that is under way ends with the device.
                 self.open
                     .retain(|(open, kind)| open != attempt && *kind != Kind::Renewed);

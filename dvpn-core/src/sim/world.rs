@@ -2,6 +2,7 @@
 //! a clock that jumps from event to event. One seed decides everything.
 
 mod mischief;
+mod renewing;
 mod servers;
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
@@ -9,6 +10,7 @@ use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 use dvpn_common::{ids::ProviderId, keys::PublicKey, status::StateName};
 use jiff::Timestamp;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use renewing::Renewing;
 
 use super::watch::{Broken, Watch};
 use crate::{
@@ -51,6 +53,7 @@ struct Peer {
 struct Device {
     attempt: Attempt,
     provider: ProviderId,
+    key: PublicKey,
     traffic: Traffic,
     shaken: bool,
 }
@@ -85,6 +88,8 @@ pub struct Counts {
     pub provisions: u64,
     /// Tunnels that went over to a fresh key.
     pub renewals: u64,
+    /// Those of them whose approval was asked for again, because the pool had acted and its answer was lost.
+    pub regained: u64,
     /// Restarts of the daemon.
     pub restarts: u64,
 }
@@ -104,6 +109,7 @@ pub(super) struct World {
     orchestrator: Server,
     peers: Vec<Peer>,
     device: Option<Device>,
+    renewing: Renewing,
     /// How busy the user is: bytes a second.
     load: u64,
     subscription_life: Duration,
@@ -149,6 +155,7 @@ impl World {
             orchestrator: Server::Up,
             peers,
             device: None,
+            renewing: Renewing::default(),
             load: 0,
             subscription_life,
             approval_life,
@@ -253,6 +260,7 @@ impl World {
                 {
                     self.device = None;
                 }
+                self.heard(&input);
                 self.feed(*input)
             }
             Event::Sample(attempt) => match self.sampled(attempt) {
@@ -292,7 +300,8 @@ impl World {
             .clone();
         let load = if self.rng.random_bool(0.8) { self.load } else { 0 };
         let packets = load.min(4);
-        let arrived = (0..packets).filter(|_| self.passes(&provider)).count() as u64;
+        let admitted = self.is_admitted();
+        let arrived = (0..packets).filter(|_| admitted && self.passes(&provider)).count() as u64;
         let device = self.device.as_mut()?;
         device.traffic.tx_bytes += load;
         if let Some(share) = (load * arrived).checked_div(packets) {
@@ -307,7 +316,7 @@ impl World {
         };
         let provider = device.provider.clone();
         device.traffic.tx_bytes += 148;
-        if !self.passes(&provider) {
+        if !self.is_admitted() || !self.passes(&provider) {
             // WireGuard's own retry comes after 5 s; three are enough for any state to be left.
             if tries < 3 {
                 self.at(Duration::from_secs(5), Event::Handshake(attempt, tries + 1));
@@ -333,13 +342,15 @@ impl World {
                 Action::Probe(attempt, providers) => self.measure(attempt, &providers),
                 Action::Verify(attempt, _) => self.verify(attempt),
                 Action::Approve(attempt, provider, subscription, renews) => {
-                    self.approve(attempt, &provider, &subscription, renews.is_some());
+                    self.approve(attempt, &provider, &subscription, renews);
                 }
                 Action::Provision(attempt, subscription) => self.provision(attempt, &subscription),
                 // Answers already under way come all the same: the machine must not mind.
-                Action::Cancel(_) | Action::SetFirewall(_) | Action::Audit(_) | Action::Release(_) => {}
+                Action::Cancel(attempt) => self.renewing.cancel(attempt),
+                Action::Release(release) => self.renewing.release(&release.client_key),
+                Action::SetFirewall(_) | Action::Audit(_) => {}
                 Action::ConfigureTunnel(attempt, approval) => self.configure(attempt, &approval),
-                Action::RenewTunnel(attempt, _) => self.hand_over(attempt),
+                Action::RenewTunnel(attempt, approval) => self.hand_over(attempt, *approval.client_key()),
                 Action::ForceHandshake(attempt) | Action::RebindTunnel(attempt) => {
                     self.at(Duration::from_millis(20), Event::Handshake(attempt, 3));
                 }
@@ -367,6 +378,7 @@ impl World {
         self.device = Some(Device {
             attempt,
             provider,
+            key: *approval.client_key(),
             traffic: Traffic::default(),
             shaken: false,
         });
@@ -375,7 +387,7 @@ impl World {
     }
 
     /// The device goes over to another key, or does not; once in a while it hangs.
-    fn hand_over(&mut self, attempt: Attempt) {
+    fn hand_over(&mut self, attempt: Attempt, key: PublicKey) {
         let delay = Duration::from_millis(self.rng.random_range(50..3_000));
         let luck = if self.healed { 0 } else { self.rng.random_range(0..20) };
         let answer = match luck {
@@ -383,7 +395,13 @@ impl World {
             16..=18 => Err(failure("no answer from the gateway", Retry::Backoff)),
             _ => Ok(()),
         };
-        self.counts.renewals += u64::from(answer.is_ok());
+        if answer.is_ok() {
+            self.counts.renewals += 1;
+            self.counts.regained += u64::from(self.renewing.was_regained(&key));
+            if let Some(device) = &mut self.device {
+                device.key = key;
+            }
+        }
         self.tell(delay, Input::TunnelRenewed(attempt, answer));
     }
 
@@ -396,7 +414,7 @@ impl World {
         else {
             return;
         };
-        let answered = self.passes(&provider);
+        let answered = self.is_admitted() && self.passes(&provider);
         if let Some(device) = self.device.as_mut() {
             device.traffic.tx_bytes += 96;
             device.traffic.rx_bytes += if answered { 96 } else { 0 };

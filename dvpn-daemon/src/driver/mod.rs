@@ -5,6 +5,7 @@
 
 mod device;
 mod pool;
+mod releases;
 mod requests;
 mod status;
 mod subscriptions;
@@ -460,7 +461,7 @@ impl Driver {
                     None => self.feed(Input::TunnelRenewed(attempt, Err(requests::key_lost()))),
                 }
             }
-            Action::Release(release) => drop(self.requests.release(release)),
+            Action::Release(release) => self.requests.release(release),
             Action::ForceHandshake(attempt) => self.order(Order::Handshake(attempt)).await,
             Action::ProbeTunnel(attempt) => self.order(Order::Probe(attempt)).await,
             Action::RebindTunnel(attempt) => self.order(Order::Rebind(attempt)).await,
@@ -544,9 +545,9 @@ impl Driver {
         self.inputs.close();
         let held = self.session.held();
         self.clear().await;
-        let released = futures::future::join_all(held.into_iter().map(|release| self.requests.release(release)));
-        let (released, ()) = tokio::join!(tokio::time::timeout(LAST_RELEASE, released), self.leases.end());
-        if released.is_err() {
+        let released = tokio::time::timeout(LAST_RELEASE, self.requests.release_last(held));
+        let (released, ()) = tokio::join!(released, self.leases.end());
+        if !released.unwrap_or(false) {
             tracing::info!("the pool is not told in time that the connection has ended: it finds out by itself");
         }
         if !self.parts.config.tunnel.lockdown

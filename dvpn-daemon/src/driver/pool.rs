@@ -1,16 +1,13 @@
-//! What is asked of the pool: its list, approvals, releases; and what is remembered of it.
+//! What is asked of the pool: its list and approvals; and what is remembered of it.
 
 use std::{
-    collections::HashMap,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use dvpn_common::{
-    contract::{ApproveRequest, ReleaseRequest},
+    contract::ApproveRequest,
+    ids::ProviderId,
     keys::{PrivateKey, PublicKey, VerifyingKey},
 };
 use dvpn_core::{
@@ -22,27 +19,28 @@ use dvpn_core::{
     keys::public_key,
     payment::Subscription,
     possession,
-    session::Release,
 };
 use jiff::{SignedDuration, Timestamp};
 
-use super::requests::{Shared, random_key, redacted, to_failure};
+use super::{
+    releases::Releases,
+    requests::{Shared, random_key, redacted, to_failure},
+};
 use crate::{
     audit::Audit,
-    http::{Answer, Pool},
+    http::{Answer, EXCHANGE_TIMEOUT, Pool},
     state::State,
 };
 
-/// How long a release may take altogether.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the first question of a renewal waits for its answer. A pool has two seconds for its provider, and asking once
+/// more changes nothing, while the half minute runs for which it keeps the renewed key.
+const RENEWAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// A challenge that ends sooner is not used any more.
 const CHALLENGE_MARGIN: SignedDuration = SignedDuration::from_secs(5);
 /// A pool without challenges is asked again after this long: it may have been renewed.
 const ABSENT_FOR: Duration = Duration::from_hours(1);
 /// No pool keeps us waiting for longer with one answer.
 const LONGEST_WAIT: Duration = Duration::from_mins(5);
-/// More keys whose token is remembered than this were never released: the oldest way to forget is to forget all.
-const MAX_ADMITTED: usize = 64;
 
 /// What is known of the pool, in memory.
 #[derive(Default)]
@@ -51,14 +49,21 @@ pub(super) struct Known {
     record: tokio::sync::Mutex<Remembered>,
     /// Held while it is fetched, so that two askers fetch once.
     challenge: tokio::sync::Mutex<Challenge>,
-    /// The token that each key was approved for: the one that releases it.
-    admitted: Mutex<HashMap<PublicKey, Secret>>,
+    /// The key of a renewal whose answer is missing.
+    unanswered: Mutex<Option<Unanswered>>,
     /// It wants no approval asked for before then.
     ask_after: Mutex<Option<Instant>>,
-    /// It answered a release with 404: it has none.
-    releases_nothing: AtomicBool,
-    /// Releases under way hold it for reading. A key that is used again must not be released after its new approval.
-    releasing: tokio::sync::RwLock<()>,
+    /// Keys in use, and those to be released.
+    pub(super) releases: Releases,
+}
+
+/// A key that follows another one, asked for and not answered for: the pool may have admitted it, and then it is the only
+/// one that follows.
+struct Unanswered {
+    provider: ProviderId,
+    renews: PublicKey,
+    token: Secret,
+    key: PrivateKey,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -94,6 +99,40 @@ impl Known {
         after
             .map(|at| at.saturating_duration_since(Instant::now()))
             .filter(|left| !left.is_zero())
+    }
+
+    /// The key to ask for, and whether it was asked for before. A first connection has always a new one: where it stood
+    /// before says nothing to the next provider, nor later to the same one.
+    fn key_for(
+        &self,
+        provider: &ProviderId,
+        token: &Secret,
+        renews: Option<PublicKey>,
+    ) -> Result<(PrivateKey, bool), Failure> {
+        let mut unanswered = self.unanswered.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(renews) = renews else {
+            *unanswered = None;
+            return Ok((random_key()?, false));
+        };
+        let same = unanswered.as_ref().filter(|asked| {
+            asked.provider == *provider && asked.renews == renews && asked.token.expose() == token.expose()
+        });
+        if let Some(asked) = same {
+            return Ok((asked.key.clone(), true));
+        }
+        let key = random_key()?;
+        *unanswered = Some(Unanswered {
+            provider: provider.clone(),
+            renews,
+            token: token.clone(),
+            key: key.clone(),
+        });
+        Ok((key, false))
+    }
+
+    /// The pool answered for the key that was asked for last.
+    fn answered(&self) {
+        *self.unanswered.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     fn told_to_wait(&self, answer: &Answer) {
@@ -240,23 +279,28 @@ impl Shared {
             });
         }
         let token = self.usable_token().await?;
-        let key = match &self.static_key {
-            Some(key) => {
-                drop(self.known.releasing.write().await);
-                key.clone()
-            }
-            None => random_key()?,
+        let (key, asked_before) = match &self.static_key {
+            Some(key) => (key.clone(), true),
+            None => self.known.key_for(&provider.id, &token, renews)?,
         };
         let client_key = public_key(&key).map_err(|error| {
             let how = "set another one";
             to_failure("deriving the public key of WG_PRIVATE_KEY", &error, how, Retry::Never)
         })?;
+        if self.static_key.is_some() {
+            self.known.releases.take_back(&client_key).await;
+        }
         let asking = Asking {
             provider,
             token: &token,
             key: &key,
             client_key,
             renews: renews.filter(|old| *old != client_key),
+            within: if renews.is_some() && !asked_before {
+                RENEWAL_TIMEOUT
+            } else {
+                EXCHANGE_TIMEOUT
+            },
         };
         let mut answer = self.ask(&asking, false).await?;
         // A pool that was restarted, or is another one behind the same name, has forgotten the challenge that is held: it
@@ -265,6 +309,9 @@ impl Shared {
             answer = self.ask(&asking, true).await?;
         }
         self.known.told_to_wait(&answer);
+        if is_refusal(answer.status) {
+            self.known.answered();
+        }
         let mut slot = self.known.record.lock().await;
         let record = self.record(&mut slot).await?;
         let asked = PoolRequest {
@@ -289,8 +336,9 @@ impl Shared {
             announce(&self.audit, before, signer);
         }
         drop(slot);
-        self.admit(client_key, token);
+        self.known.releases.admit(client_key, token, approval.expires_at());
         self.keys.keep(client_key, key);
+        self.known.answered();
         Ok(approval)
     }
 
@@ -313,48 +361,14 @@ impl Shared {
             proof,
             renews: asking.renews,
         };
-        Ok(self.pool()?.approve(&request).await?)
+        Ok(self.pool()?.approve(&request, asking.within).await?)
     }
+}
 
-    fn admit(&self, key: PublicKey, token: Secret) {
-        let mut admitted = self.known.admitted.lock().unwrap_or_else(PoisonError::into_inner);
-        if admitted.len() >= MAX_ADMITTED {
-            admitted.clear();
-        }
-        admitted.insert(key, token);
-    }
-
-    /// Tells the pool that a key is used no more. What the pool does not hear, it finds out by itself later.
-    pub(super) async fn release(&self, release: Release) {
-        let _under_way = self.known.releasing.read().await;
-        let token = {
-            let mut admitted = self.known.admitted.lock().unwrap_or_else(PoisonError::into_inner);
-            admitted.remove(&release.client_key)
-        };
-        let (Some(token), Some(pool)) = (token, &self.pool) else {
-            return;
-        };
-        if self.known.releases_nothing.load(Ordering::Relaxed) {
-            return;
-        }
-        let request = ReleaseRequest {
-            provider_id: release.provider.to_string(),
-            token: token.expose().to_owned(),
-            client_public_key: release.client_key,
-        };
-        match pool.release(&request, RELEASE_TIMEOUT).await {
-            Ok(404 | 405) => {
-                tracing::info!("this pool takes no releases: it finds out by itself when a connection has ended");
-                self.known.releases_nothing.store(true, Ordering::Relaxed);
-            }
-            Ok(200..=299) => {}
-            Ok(status) => tracing::info!(
-                "the pool answers HTTP {status} to the release at {}: it will find out by itself",
-                release.provider
-            ),
-            Err(error) => tracing::info!("releasing the connection to {}: {error}", release.provider),
-        }
-    }
+/// Whether a pool that says so did nothing, and would say it again of the same key. What stands between may say "later",
+/// or that it failed, when the pool has acted.
+fn is_refusal(status: u16) -> bool {
+    matches!(status, 400..=499) && !matches!(status, 408 | 425 | 429)
 }
 
 /// One approval as it is asked for.
@@ -364,6 +378,7 @@ struct Asking<'a> {
     key: &'a PrivateKey,
     client_key: PublicKey,
     renews: Option<PublicKey>,
+    within: Duration,
 }
 
 #[cfg(test)]
@@ -395,6 +410,45 @@ mod tests {
             state.pool_record().await.unwrap().is_none(),
             "what is kept is not written again"
         );
+    }
+
+    #[test]
+    fn a_renewal_asks_for_the_same_key_until_it_is_answered_and_nothing_else_does() {
+        let known = Known::default();
+        let (here, there): (ProviderId, ProviderId) = ("here".parse().unwrap(), "there".parse().unwrap());
+        let (token, other) = (Secret::new("token"), Secret::new("other"));
+        let old = |n| Some(PublicKey::from_bytes([n; 32]).unwrap());
+        let ask = |provider: &ProviderId, token: &Secret, renews| {
+            let (key, before) = known.key_for(provider, token, renews).unwrap();
+            (public_key(&key).unwrap(), before)
+        };
+        let (first, before) = ask(&here, &token, old(1));
+        assert!(!before);
+        assert_eq!(ask(&here, &token, old(1)), (first, true), "its answer is missing");
+        for (provider, with, renews, what) in [
+            (&there, &token, old(1), "another provider"),
+            (&here, &other, old(1), "another token: one key, one token"),
+            (&here, &token, old(2), "the next renewal"),
+            (&here, &token, None, "a new connection"),
+            (&here, &token, None, "and its second try"),
+        ] {
+            let (first, _) = ask(&here, &token, old(1));
+            let (next, before) = ask(provider, with, renews);
+            assert!(next != first && !before, "{what}");
+        }
+        let (first, _) = ask(&here, &token, old(1));
+        known.answered();
+        assert_ne!(ask(&here, &token, old(1)).0, first, "it is answered");
+    }
+
+    #[test]
+    fn what_a_pool_refuses_is_answered_and_what_may_come_from_others_is_not() {
+        for refused in [400, 401, 403, 404, 409, 422] {
+            assert!(is_refusal(refused), "{refused}");
+        }
+        for open in [200, 204, 301, 408, 425, 429, 500, 502, 503, 504] {
+            assert!(!is_refusal(open), "{open}");
+        }
     }
 
     fn answer(status: u16, seconds: Option<u64>) -> Answer {

@@ -231,10 +231,27 @@ impl Requests {
         self.shared.static_key.is_some()
     }
 
-    /// Tells the pool that a key is used no more, at most 2 s; nobody has to wait.
-    pub(super) fn release(&self, release: Release) -> tokio::task::JoinHandle<()> {
-        let shared = Arc::clone(&self.shared);
-        tokio::spawn(async move { shared.release(release).await })
+    /// Tells the pool that a key is used no more, again and again until it has answered; nobody has to wait.
+    pub(super) fn release(&self, release: Release) {
+        // Noted now: an approval of the same key that is asked for next takes it back.
+        if let Some(number) = self.shared.known.releases.owe(release) {
+            let shared = Arc::clone(&self.shared);
+            tokio::spawn(async move { shared.release(number).await });
+        }
+    }
+
+    /// Tells the pool once, for the last time, that these keys are used no more, and all that it was not told yet. True if
+    /// it has answered for each.
+    pub(super) async fn release_last(&self, held: Vec<Release>) -> bool {
+        let releases = &self.shared.known.releases;
+        for release in held {
+            releases.owe(release);
+        }
+        let tries = releases
+            .numbers()
+            .into_iter()
+            .map(|number| self.shared.try_release(number));
+        futures::future::join_all(tries).await.into_iter().all(|done| done)
     }
 
     /// What the session must know of the configuration, the stored token included.

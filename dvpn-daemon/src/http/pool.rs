@@ -59,9 +59,9 @@ impl Pool {
     }
 
     /// Asks for admission at a provider; `dvpn_core::approval` judges the answer.
-    pub async fn approve(&self, request: &ApproveRequest) -> Result<Answer, Error> {
+    pub async fn approve(&self, request: &ApproveRequest, within: Duration) -> Result<Answer, Error> {
         let url = below(&self.url, &[APPROVE_PATH])?;
-        let response = self.client.post(&url, request, EXCHANGE_TIMEOUT).await?;
+        let response = self.client.post(&url, request, within).await?;
         let status = response.status().as_u16();
         let wait = response.headers().get(RETRY_AFTER);
         let wait = wait.and_then(|value| value.to_str().ok()?.trim().parse().ok());

@@ -314,7 +314,7 @@ impl<'a> Node<'a> {
             return Ok(pinned);
         };
         let (memory, audit) = (&*self.config.memory, &*self.config.audit);
-        match pinned::learn(&self.pool_key, memory, audit, key, &snapshot.rotations) {
+        match pinned::learn(&self.pool_key, memory, audit, key, &snapshot.rotations, None) {
             None => Ok(key),
             Some(problem) => Err(problem),
         }

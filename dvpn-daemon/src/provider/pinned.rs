@@ -8,13 +8,15 @@ use tokio::sync::watch;
 use super::{Memory, status::Event};
 
 /// Pins the first key; a different one later must be vouched for by the pinned one. What was pinned stays if it is not,
-/// and the answer says why.
+/// and the answer says why. `asked_under` is what was pinned when the pool was asked: an answer that names it while
+/// another one is pinned by now was on its way during the change, and says nothing.
 pub(super) fn learn(
     pinned: &watch::Sender<Option<VerifyingKey>>,
     memory: &dyn Memory,
     audit: &(dyn Fn(Event) + Send + Sync),
     key: VerifyingKey,
     rotations: &[KeyRotation],
+    asked_under: Option<VerifyingKey>,
 ) -> Option<String> {
     let mut problem = None;
     // Decided under the channel's lock: a registration and a snapshot that come at one time follow one another.
@@ -25,7 +27,7 @@ pub(super) fn learn(
             *pinned = Some(key);
             true
         }
-        Some(before) if before == key => false,
+        Some(before) if before == key || asked_under == Some(key) => false,
         Some(before) => match pool_key::follow(before, key, rotations) {
             Ok(key) => {
                 tracing::info!("the pool changed its key to {key}, signed by the key that was pinned");
@@ -85,7 +87,7 @@ mod tests {
     fn a_key_changes_along_its_chain_and_a_forged_or_broken_one_is_refused_and_audited() {
         let (pinned, memory, heard) = (watch::Sender::new(None), Remembered::default(), Mutex::new(Vec::new()));
         let audit = |event| heard.lock().unwrap().push(event);
-        let told = |seed, rotations: &[KeyRotation]| learn(&pinned, &memory, &audit, key(seed), rotations);
+        let told = |seed, rotations: &[KeyRotation]| learn(&pinned, &memory, &audit, key(seed), rotations, None);
         assert_eq!(told(1, &[]), None);
         assert_eq!(told(1, &[link(9, 1, 9)]), None);
         for (chain, what) in [
@@ -102,6 +104,19 @@ mod tests {
         assert!(told(1, &[link(1, 2, 1), link(2, 3, 2)]).is_some(), "no way back");
         assert_eq!(*memory.0.lock().unwrap(), [key(1), key(3)], "what outlives a restart");
         let refused = |event: &&Event| matches!(event, Event::PoolKeyRefused { .. });
-        assert_eq!(heard.lock().unwrap().iter().filter(refused).count(), 5);
+        let count = || heard.lock().unwrap().iter().filter(refused).count();
+        assert_eq!(count(), 5);
+        // An answer that was asked for before the change, and comes after it, is none of those.
+        let chain = [link(3, 4, 3)];
+        let asked_under = Some(key(3));
+        assert_eq!(told(4, &chain), None);
+        assert_eq!(learn(&pinned, &memory, &audit, key(3), &[], asked_under), None);
+        assert_eq!(*pinned.borrow(), Some(key(4)), "and changes nothing back");
+        assert_eq!(count(), 5);
+        let (now, before) = (Some(key(4)), Some(key(1)));
+        for asked_under in [now, before] {
+            assert!(learn(&pinned, &memory, &audit, key(3), &[], asked_under).is_some());
+        }
+        assert_eq!(count(), 7, "asked for later, or under yet another key, it is one");
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use dvpn_common::{
-    contract::{KeyRotation, RegisterRequest, RegisterResponse},
+    contract::{RegisterRequest, RegisterResponse},
     keys::{PublicKey, VerifyingKey},
 };
 use dvpn_core::node::Admission;
@@ -133,13 +133,17 @@ impl Registration {
             draining: *self.admission.borrow() != Admission::Open,
             max_peers: Some(self.max_peers),
         };
+        let asked_under = *self.pool_key.borrow();
         let response = self
             .pool
             .register(&request)
             .await
             .map_err(|error| with_sources(&error))?;
         if !leaving {
-            let key_problem = response.pool_key.and_then(|key| self.learn(key, &response.rotations));
+            let key_problem = response.pool_key.and_then(|key| {
+                let (memory, audit) = (&*self.memory, &*self.audit);
+                pinned::learn(&self.pool_key, memory, audit, key, &response.rotations, asked_under)
+            });
             let verdict = verdict(&Facts {
                 reachability: response.reachability,
                 reason: response.reason.as_deref(),
@@ -170,10 +174,6 @@ impl Registration {
             self.told.send_if_modified(|last| std::mem::replace(last, told) != told);
         }
         Ok(response)
-    }
-
-    fn learn(&self, key: VerifyingKey, rotations: &[KeyRotation]) -> Option<String> {
-        pinned::learn(&self.pool_key, &*self.memory, &*self.audit, key, rotations)
     }
 
     /// What the pool saw, or the address that this machine would send from.

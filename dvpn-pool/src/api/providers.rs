@@ -36,7 +36,7 @@ const CHECK_WAIT: Duration = Duration::from_millis(1500);
 
 /// `GET /providers`
 pub async fn list(State(pool): State<Arc<Pool>>, headers: HeaderMap) -> Response {
-    let document = pool.live.list(&pool.signer(), Timestamp::now());
+    let document = pool.live.list(|| pool.signer(), Timestamp::now());
     let known = headers
         .get_all(header::IF_NONE_MATCH)
         .iter()

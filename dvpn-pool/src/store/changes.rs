@@ -2,25 +2,23 @@
 //! together, so that the disk is waited for once a batch. Every change of a node's peers raises its sequence number in
 //! the same transaction, so the number grows across restarts and never stands for two states.
 
-use std::ops::Range;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    ops::Range,
+};
 
-use dvpn_common::keys::PublicKey;
-use sqlx::{FromRow, Sqlite, Transaction};
+use dvpn_common::{ids::ProviderId, keys::PublicKey};
+use sqlx::{Sqlite, Transaction};
 
 use super::{
     Acknowledged, Acknowledgement, ApprovalRow, ApproveOutcome, Error, NewApproval, Node, ReleaseOutcome, Removed,
-    Store, TokenHash, commit,
+    Store, TokenHash,
+    ahead::{Ahead, Room},
+    commit,
     plan::{Held, OwnerRow, plan},
     public_key, query,
 };
 use crate::network::{FIRST_HOST, HOSTS};
-
-#[derive(FromRow)]
-struct Room {
-    last_host: i64,
-    peers: i64,
-    taken: bool,
-}
 
 /// Serials that are taken from the counter at one time. Those that a batch does not use are never used: they grow, and
 /// need not follow one another.
@@ -32,6 +30,10 @@ pub struct Batch {
     change: Transaction<'static, Sqlite>,
     /// Taken from the counter and not used yet.
     serials: Range<i64>,
+    /// What many approvals were asked for with one question.
+    ahead: Option<Ahead>,
+    /// Of nodes where this batch did nothing else yet than give addresses.
+    rooms: HashMap<ProviderId, Room>,
 }
 
 impl Store {
@@ -40,6 +42,8 @@ impl Store {
         Ok(Batch {
             change: self.begin().await?,
             serials: 0..0,
+            ahead: None,
+            rooms: HashMap::new(),
         })
     }
 }
@@ -48,6 +52,14 @@ impl Batch {
     /// Puts everything on the disk.
     pub async fn commit(self) -> Result<(), Error> {
         commit(self.change).await
+    }
+
+    /// Reads for all these approvals what each of them has to know first; they are asked for next, in any order.
+    pub async fn read_ahead(&mut self, wanted: &[&NewApproval]) -> Result<(), Error> {
+        if wanted.len() > 1 {
+            self.ahead = Some(Ahead::read(&mut self.change, wanted).await?);
+        }
+        Ok(())
     }
 
     /// Stores an approval with its serial, its address and the node's next sequence number. `sign` makes the bytes and
@@ -72,7 +84,11 @@ impl Batch {
                 None => return Ok(ApproveOutcome::NodeFull),
             },
         };
-        let removed = remove(&mut self.change, plan.evicted.into_iter().map(Held::owner).collect()).await?;
+        if let Some(ahead) = &mut self.ahead {
+            ahead.token_changes(&wanted.token);
+            ahead.key_changes(&wanted.client_key);
+        }
+        let removed = self.remove(plan.evicted.into_iter().map(Held::owner).collect()).await?;
         if let Some(before) = plan.replaced {
             sqlx::query("DELETE FROM approval WHERE serial = ?")
                 .bind(before)
@@ -106,6 +122,11 @@ impl Batch {
         .fetch_one(&mut *self.change)
         .await
         .map_err(query("store an approval"))?;
+        match self.rooms.get_mut(&wanted.node.id) {
+            Some(room) if plan.host.is_none() && plan.replaced.is_none() && room.next() == Some(host) => room.give(),
+            Some(_) => drop(self.rooms.remove(&wanted.node.id)),
+            None => {}
+        }
         Ok(ApproveOutcome::Stored(Box::new(ApprovalRow {
             serial: serial_number,
             sequence: u64::try_from(sequence).ok().ok_or(Error::Corrupt("sequence number"))?,
@@ -134,6 +155,9 @@ impl Batch {
 
     /// The keys of the token, and whoever else has this key.
     async fn held(&mut self, wanted: &NewApproval) -> Result<Vec<Held>, Error> {
+        if let Some(held) = self.ahead.as_ref().and_then(|ahead| ahead.held(wanted)) {
+            return Ok(held);
+        }
         sqlx::query_as(
             "SELECT serial, node_id, client_key, host, token_hash = ?1 AS ours, expires_at > ?2 AS live, acknowledged, \
              renews, remove_at IS NOT NULL AS superseded \
@@ -151,27 +175,17 @@ impl Batch {
     /// provider's connection tracking may still hold flows of its previous owner. `ours` clients of the node are the
     /// asking token's own and make room for it.
     async fn free_host(&mut self, node: &Node, ours: i64) -> Result<Option<u32>, Error> {
-        let room: Room = sqlx::query_as(
-            "SELECT last_host, peers, EXISTS (SELECT 1 FROM approval WHERE node_id = node.id AND renews IS NULL \
-             AND host = ?2 + (last_host - ?2 + 1) % ?3) AS taken FROM node WHERE id = ?1",
-        )
-        .bind(node.id.as_str())
-        .bind(i64::from(FIRST_HOST))
-        .bind(i64::from(HOSTS))
-        .fetch_one(&mut *self.change)
-        .await
-        .map_err(query("read the room of a node"))?;
-        let others = room.peers.saturating_sub(ours);
-        if others >= i64::from(node.max_peers.unwrap_or(HOSTS).min(HOSTS)) || room.peers >= i64::from(HOSTS) {
+        let room = match self.rooms.entry(node.id.clone()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => unknown.insert(Room::read(&mut self.change, node.id.as_str()).await?),
+        };
+        if !room.has_place(ours, node.max_peers.unwrap_or(HOSTS)) {
             return Ok(None);
         }
-        let last = u32::try_from(room.last_host)
-            .ok()
-            .ok_or(Error::Corrupt("host number"))?;
-        let next = FIRST_HOST + (last.saturating_sub(FIRST_HOST) + 1) % HOSTS;
-        if !room.taken {
+        if let Some(next) = room.next() {
             return Ok(Some(next));
         }
+        let next = room.after_last();
         // After a run of used hosts: its end, first above the last one given, then from the beginning.
         for from in [next, FIRST_HOST] {
             let gap: Option<i64> = sqlx::query_scalar(
@@ -202,10 +216,56 @@ impl Batch {
         Ok(None)
     }
 
+    /// Marks approvals of tokens without other keys as acknowledged by their nodes; in the order given, nothing for one that
+    /// went meanwhile.
+    pub async fn acknowledge_alone(&mut self, done: &[&Acknowledgement]) -> Result<Vec<Option<Acknowledged>>, Error> {
+        if done.is_empty() {
+            return Ok(Vec::new());
+        }
+        let list = |all: bool| {
+            let serials = done.iter().filter(|done| all || done.first_use);
+            let serials: Vec<String> = serials.map(|done| done.serial.to_string()).collect();
+            format!("[{}]", serials.join(","))
+        };
+        let marked: Vec<(i64, Vec<u8>, Vec<u8>)> = sqlx::query_as(
+            "UPDATE token SET used = 1 WHERE hash IN \
+             (SELECT token_hash FROM approval WHERE serial IN (SELECT value FROM json_each(?))); \
+             UPDATE approval SET acknowledged = 1 WHERE serial IN (SELECT value FROM json_each(?)) \
+             RETURNING serial, approval, signature",
+        )
+        .bind(list(false))
+        .bind(list(true))
+        .fetch_all(&mut *self.change)
+        .await
+        .map_err(query("acknowledge approvals"))?;
+        let mut marked: HashMap<i64, (Vec<u8>, Vec<u8>)> = marked
+            .into_iter()
+            .map(|(serial, approval, signature)| (serial, (approval, signature)))
+            .collect();
+        done.iter()
+            .map(|done| {
+                let Some((approval, signature)) = marked.remove(&number(done.serial)?) else {
+                    return Ok(None);
+                };
+                Ok(Some(Acknowledged {
+                    approval,
+                    signature: signature.try_into().map_err(|_length| Error::Corrupt("signature"))?,
+                    removed: Vec::new(),
+                }))
+            })
+            .collect()
+    }
+
     /// Marks an approval as acknowledged by its node, and ends the other approvals of its token: the one it renews in
     /// a while, the others now. Nothing if the approval went meanwhile.
     pub async fn acknowledge(&mut self, done: &Acknowledgement) -> Result<Option<Acknowledged>, Error> {
+        if !done.others {
+            return Ok(self.acknowledge_alone(&[done]).await?.pop().flatten());
+        }
         let serial = number(done.serial)?;
+        if let Some(ahead) = &mut self.ahead {
+            ahead.token_changes(&done.token);
+        }
         let marked: Option<(Vec<u8>, Vec<u8>)> = if done.first_use {
             sqlx::query_as(
                 "UPDATE token SET used = 1 WHERE hash = ? AND EXISTS (SELECT 1 FROM approval WHERE serial = ?); \
@@ -224,16 +284,6 @@ impl Batch {
             return Ok(None);
         };
         let signature = <[u8; 64]>::try_from(signature).map_err(|_length| Error::Corrupt("signature"))?;
-        let acknowledged = |removed| {
-            Some(Acknowledged {
-                approval,
-                signature,
-                removed,
-            })
-        };
-        if !done.others {
-            return Ok(acknowledged(Vec::new()));
-        }
         let mut others: Vec<OwnerRow> = sqlx::query_as(
             "SELECT serial, node_id, client_key FROM approval WHERE token_hash = ? AND serial <> ? ORDER BY serial",
         )
@@ -253,7 +303,18 @@ impl Batch {
                 .await
                 .map_err(query("supersede an approval"))?;
         }
-        remove(&mut self.change, others).await.map(acknowledged)
+        Ok(Some(Acknowledged {
+            approval,
+            signature,
+            removed: self.remove(others).await?,
+        }))
+    }
+
+    async fn remove(&mut self, rows: Vec<OwnerRow>) -> Result<Vec<Removed>, Error> {
+        if !rows.is_empty() {
+            self.rooms.clear();
+        }
+        remove(&mut self.change, rows).await
     }
 
     /// Takes one approval back.
@@ -263,11 +324,17 @@ impl Batch {
             .fetch_all(&mut *self.change)
             .await
             .map_err(query("read an approval"))?;
-        remove(&mut self.change, rows).await
+        // Whose it is, nobody said.
+        self.ahead = None;
+        self.remove(rows).await
     }
 
     /// Marks one key's connection as over.
     pub async fn release(&mut self, node: &str, key: &PublicKey, token: &TokenHash) -> Result<ReleaseOutcome, Error> {
+        if let Some(ahead) = &mut self.ahead {
+            ahead.token_changes(token);
+            ahead.key_changes(key);
+        }
         let row: Option<(i64, bool, bool, bool)> = sqlx::query_as(
             "SELECT serial, token_hash = ?, remove_at IS NOT NULL, released FROM approval \
              WHERE node_id = ? AND client_key = ?",
@@ -287,7 +354,7 @@ impl Batch {
                     node_id: node.to_owned(),
                     client_key: key.as_bytes().to_vec(),
                 };
-                let removed = remove(&mut self.change, vec![owner]).await?;
+                let removed = self.remove(vec![owner]).await?;
                 Ok(removed
                     .into_iter()
                     .next()

@@ -1,5 +1,6 @@
 //! What must survive a restart, in one SQLite file. All SQL of the pool is below this module.
 
+mod ahead;
 mod approvals;
 mod changes;
 mod checkouts;

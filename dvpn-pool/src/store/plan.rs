@@ -206,6 +206,8 @@ pub(super) fn plan(held: &[Held], wanted: &NewApproval) -> Result<Plan, ApproveO
                 }
                 (renews, host) = (Some(old), Some(row.host));
             }
+            // What it renewed is gone, and it stands by itself: its answer was lost, and it asks again.
+            None if again.is_some_and(|row| row.acknowledged) => {}
             Some(_) | None => return Err(ApproveOutcome::NothingToRenew),
         }
     }

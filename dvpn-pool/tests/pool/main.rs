@@ -10,6 +10,7 @@
 )]
 
 mod approvals;
+mod batches;
 mod leases;
 mod node;
 mod nodes;

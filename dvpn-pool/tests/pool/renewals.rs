@@ -67,6 +67,31 @@ async fn a_renewed_key_hands_its_addresses_on_and_goes_after_the_grace() {
 }
 
 #[tokio::test]
+async fn a_renewal_whose_answer_was_lost_is_answered_again_also_when_the_renewed_key_is_gone() {
+    let pool = TestPool::start(|config| config.timing.renewal_grace = Duration::from_secs(1)).await;
+    let node = serving(&pool, "node-a", 1).await;
+    let token = pool.access.pay("user").await;
+    let (old, new) = (client_key(1), client_key(2));
+    let first = pool.access.approved("node-a", &token, old).await;
+    granted(pool.access.renew("node-a", &token, new, old).await).await;
+    eventually(|| async { node.keys() == [new] }).await;
+    let again = granted(pool.access.renew("node-a", &token, new, old).await).await;
+    assert_eq!(again.addresses, first.addresses);
+    assert_eq!(node.keys(), [new]);
+    assert_eq!(
+        node.peer(new).unwrap().renews,
+        None,
+        "there is nothing left to take over"
+    );
+    // Who was not there does not come in that way.
+    let (status, error) = refusal(pool.access.renew("node-a", &token, client_key(3), old).await).await;
+    assert_eq!(status, 409, "{error}");
+    let released = pool.access.release("node-a", &token, old).await;
+    assert_eq!(released.status(), 204, "there is nothing to release any more");
+    assert_eq!(node.keys(), [new]);
+}
+
+#[tokio::test]
 async fn the_next_renewal_works_once_the_one_before_is_over() {
     let pool = TestPool::start(|_| {}).await;
     let node = serving(&pool, "node-a", 1).await;

@@ -28,7 +28,7 @@ use crate::{
 const AT_ONCE: usize = 256;
 
 /// A paid token, without the way through the payment service.
-async fn paid_token(store: &Store, number: usize) -> String {
+pub async fn paid_token(store: &Store, number: usize) -> String {
     let token = format!("dev_bench{number}");
     let now = Timestamp::now();
     let (user, id) = (format!("user-{number}"), format!("checkout-{number}"));

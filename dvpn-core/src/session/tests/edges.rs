@@ -2,14 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use super::*;
+use super::{
+    renewals::{released, tunnel_key},
+    *,
+};
 use crate::{firewall::Exemptions, session::fixtures::subscription};
 
-fn seconds(n: u64) -> Duration {
+pub(super) fn seconds(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-fn connected() -> Rig {
+pub(super) fn connected() -> Rig {
     let mut rig = Rig::new(config());
     rig.lead_to(StateName::Connected);
     rig
@@ -119,136 +122,6 @@ fn missing_samples_degrade_but_one_late_wake_up_does_not_lose_the_tunnel() {
     panic!("a tunnel without samples is {:?}", rig.session.state());
 }
 
-/// Connected, and the approval's half-life is over: a renewal is verified.
-fn renewing() -> Rig {
-    let mut rig = connected();
-    for _ in 0..1_799 {
-        rig.second(100, 100);
-    }
-    assert!(!rig.did(|a| matches!(a, Action::Verify(..))));
-    rig.wait(seconds(2));
-    rig.last = rig.watch.expire(&mut rig.session, rig.now).unwrap();
-    rig.note();
-    assert!(rig.did(|a| matches!(a, Action::Verify(..))), "{:?}", rig.last);
-    assert_eq!(
-        rig.feed(Input::Verified(rig.asked, paid(rig.now, HOUR * 9))),
-        StateName::Connected
-    );
-    rig
-}
-
-fn tunnel_key(rig: &Rig) -> dvpn_common::keys::PublicKey {
-    let (State::Connected(tunnel) | State::Degraded(tunnel)) = &rig.session.state else {
-        panic!("no tunnel in {:?}", rig.session.state)
-    };
-    *tunnel.approval.client_key()
-}
-
-fn released(rig: &Rig) -> Vec<dvpn_common::keys::PublicKey> {
-    let keys = rig.last.iter().filter_map(|action| {
-        let Action::Release(release) = action else { return None };
-        Some(release.client_key)
-    });
-    keys.collect()
-}
-
-#[test]
-fn an_approval_is_renewed_at_half_of_its_life_while_the_tunnel_stands() {
-    let mut rig = renewing();
-    let (attempts, provider, tunnel, old) = (
-        rig.session.status().attempts,
-        rig.asked_provider(),
-        rig.tunnel(),
-        tunnel_key(&rig),
-    );
-    assert!(rig.did(|a| matches!(a, Action::Approve(_, _, _, Some(renews)) if *renews == old)));
-    let fresh = approval(&provider, rig.now, HOUR);
-    assert_eq!(
-        rig.feed(Input::Approved(rig.asked, Ok(fresh.clone()))),
-        StateName::Connected
-    );
-    assert!(rig.did(|a| matches!(a, Action::RenewTunnel(_, approval) if *approval == fresh)));
-    let before = rig.traffic;
-    rig.second(100, 100);
-    assert_eq!(rig.feed(Input::TunnelRenewed(rig.asked, Ok(()))), StateName::Connected);
-    assert_eq!(released(&rig), [old]);
-    assert!(rig.did(|a| matches!(a, Action::Audit(Event::TunnelRenewed { .. }))));
-    assert_eq!((rig.tunnel(), tunnel_key(&rig)), (tunnel, *fresh.client_key()));
-    rig.second(100, 100);
-    let status = rig.session.status();
-    assert_eq!((status.attempts, status.switches), (attempts, 0));
-    assert_eq!(status.traffic.rx_bytes, before.rx_bytes + 200, "totals go on");
-    // And once more, at half of the fresh one's life.
-    for _ in 0..1_797 {
-        rig.second(100, 100);
-    }
-    rig.wait(seconds(3));
-    rig.last = rig.watch.expire(&mut rig.session, rig.now).unwrap();
-    assert!(rig.did(|a| matches!(a, Action::Verify(..))));
-}
-
-#[test]
-fn a_renewal_at_other_addresses_connects_anew_to_the_same_provider() {
-    let mut rig = renewing();
-    let (attempts, provider, old) = (rig.session.status().attempts, rig.asked_provider(), tunnel_key(&rig));
-    let tunnel = rig.tunnel();
-    let fresh = approval_at("10.96.0.3", &provider, rig.now, HOUR);
-    assert_eq!(
-        rig.feed(Input::Approved(rig.asked, Ok(fresh))),
-        StateName::Disconnecting
-    );
-    assert_eq!(released(&rig), []);
-    assert_eq!(rig.feed(Input::TornDown(tunnel)), StateName::Connecting);
-    assert_eq!(released(&rig), [old]);
-    assert_eq!(rig.feed(Input::HandshakeSeen(rig.asked)), StateName::Connected);
-    let status = rig.session.status();
-    assert_eq!((status.attempts, status.switches), (attempts, 0));
-    assert_eq!(rig.asked_provider(), provider);
-}
-
-#[test]
-fn a_hand_over_that_fails_is_tried_again_within_seconds_and_then_connects_anew() {
-    let mut rig = renewing();
-    let (provider, tunnel, old) = (rig.asked_provider(), rig.tunnel(), tunnel_key(&rig));
-    let fresh = approval(&provider, rig.now, HOUR);
-    rig.feed(Input::Approved(rig.asked, Ok(fresh.clone())));
-    for pause in [2, 4] {
-        let failed = Input::TunnelRenewed(rig.asked, Err(failure(Retry::Backoff)));
-        assert_eq!(rig.feed(failed), StateName::Connected);
-        assert_eq!(tunnel_key(&rig), old);
-        assert_eq!(released(&rig), []);
-        for second in 1..=pause {
-            assert!(!rig.did(|a| matches!(a, Action::RenewTunnel(..))), "{second}");
-            rig.second(100, 100);
-            if rig.session.poll_timeout().unwrap().0 <= rig.now.instant {
-                rig.last = rig.watch.expire(&mut rig.session, rig.now).unwrap();
-                rig.note();
-            }
-        }
-        assert!(rig.did(|a| matches!(a, Action::RenewTunnel(_, a) if *a == fresh)));
-    }
-    let failed = Input::TunnelRenewed(rig.asked, Err(failure(Retry::Backoff)));
-    assert_eq!(rig.feed(failed), StateName::Disconnecting);
-    assert_eq!(rig.feed(Input::TornDown(tunnel)), StateName::Connecting);
-    assert_eq!(released(&rig), [old], "the fresh key is the one to go on with");
-    assert!(rig.did(|a| matches!(a, Action::ConfigureTunnel(_, a) if *a == fresh)));
-}
-
-#[test]
-fn a_hand_over_without_an_end_takes_the_tunnel_down() {
-    let mut rig = renewing();
-    let tunnel = rig.tunnel();
-    let old = tunnel_key(&rig);
-    let fresh = approval(&rig.asked_provider(), rig.now, HOUR);
-    rig.feed(Input::Approved(rig.asked, Ok(fresh.clone())));
-    for _ in 0..10 {
-        rig.second(100, 100);
-    }
-    assert_eq!(rig.expire(), StateName::Disconnecting);
-    assert_eq!(rig.feed(Input::TornDown(tunnel)), StateName::Discovering);
-    assert_eq!(released(&rig), [old, *fresh.client_key()]);
-}
-
 #[test]
 fn every_end_of_a_tunnel_releases_its_key_once_the_tunnel_is_gone() {
     let mut rig = connected();
@@ -279,31 +152,6 @@ fn a_token_that_is_missing_or_sealed_away_says_nothing_about_the_payment() {
     let mut rig = connected();
     rig.feed(Input::TokenChanged);
     assert_eq!(rig.feed(Input::Verified(rig.asked, cannot())), StateName::Connected);
-}
-
-#[test]
-fn a_renewal_that_cannot_be_had_keeps_the_tunnel_until_the_approval_ends() {
-    let mut rig = connected();
-    let end = rig.now.wall.checked_add(HOUR).unwrap();
-    while rig.session.state() == StateName::Connected {
-        assert!(rig.now.wall < end);
-        rig.second(100, 100);
-        if rig.session.poll_timeout().unwrap().0 <= rig.now.instant {
-            rig.expire();
-            let asked = rig
-                .last
-                .iter()
-                .find_map(|a| if let Action::Verify(n, _) = a { Some(*n) } else { None });
-            if let Some(asked) = asked {
-                rig.feed(Input::Verified(
-                    asked,
-                    Verification::CannotTell(failure(Retry::Backoff)),
-                ));
-            }
-        }
-    }
-    assert!(rig.now.wall >= end);
-    assert_eq!(rig.session.state(), StateName::Disconnecting);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod edges;
 mod lease;
 mod properties;
+mod renewals;
 mod table;
 
 use std::time::Duration;
@@ -218,10 +219,17 @@ fn rig_in(name: &str) -> Rig {
         }
         "connecting" => rig.lead_to(StateName::Connecting),
         "connected" => rig.lead_to(StateName::Connected),
-        "renewing" => {
+        "asking" | "asking-again" | "renewing" => {
             rig.lead_to(StateName::Connected);
             rig.feed(Input::TokenChanged);
             rig.feed(Input::Verified(rig.asked, paid(rig.now, HOUR * 9)));
+            assert!(rig.did(|a| matches!(a, Action::Approve(..))), "{:?}", rig.last);
+            if name == "asking-again" {
+                rig.feed(Input::Approved(rig.asked, Err(failure(Retry::Backoff))));
+            }
+            if name != "renewing" {
+                return rig;
+            }
             let fresh = approval(&rig.asked_provider(), rig.now, HOUR);
             rig.feed(Input::Approved(rig.asked, Ok(fresh)));
             assert!(rig.did(|a| matches!(a, Action::RenewTunnel(..))), "{:?}", rig.last);

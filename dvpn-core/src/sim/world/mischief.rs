@@ -117,6 +117,7 @@ impl World {
         self.events
             .retain(|_, event| matches!(event, Event::Mischief | Event::Heal));
         self.device = None;
+        self.renewing.forget();
         let now = self.now();
         self.session = Session::new(self.config.clone(), self.rng.random(), self.stored, now);
         self.watch = Watch::new(&self.config, &self.stored);

@@ -84,14 +84,26 @@ impl World {
         self.tell(delay, Input::Verified(attempt, verification));
     }
 
-    pub(super) fn approve(&mut self, attempt: Attempt, provider: &Provider, subscription: &Subscription, renews: bool) {
+    pub(super) fn approve(
+        &mut self,
+        attempt: Attempt,
+        provider: &Provider,
+        subscription: &Subscription,
+        renews: Option<PublicKey>,
+    ) {
+        let Some(client_key) = self.key_for(attempt, &provider.id, renews) else {
+            return;
+        };
+        // What becomes of the question on its way to the pool and back.
+        let luck = if self.healed { 0 } else { self.rng.random_range(0..20) };
+        let (acts, answers) = match self.pool {
+            Server::Up | Server::Slow | Server::Hostile => (luck < 19, luck < 18),
+            Server::Down | Server::Lost => (luck >= 10, false),
+        };
+        let host = if acts { self.admit(renews.is_some()) } else { None };
         let Some(delay) = self.delay(self.pool) else { return };
         let now = self.now().wall;
         let until = now.checked_add(self.approval_life).unwrap_or(now);
-        // A pool that does not keep the addresses over a renewal is one as well.
-        let host = if renews && self.rng.random_bool(0.2) { 3 } else { 2 };
-        let body = format!(r#"{{"address":"10.96.0.{host}/32","gateways":["10.96.0.1"],"expires_at":"{until}"}}"#);
-        let Some(client_key) = self.key() else { return };
         // A hostile pool answers for another provider than was asked.
         let other = self
             .peers
@@ -111,10 +123,14 @@ impl World {
             last_serial: None,
             now,
         };
-        let status = match self.pool {
-            Server::Up | Server::Slow | Server::Hostile if self.healed || self.rng.random_bool(0.9) => 200,
-            Server::Up | Server::Slow | Server::Hostile => 503,
-            Server::Down | Server::Lost => 502,
+        let (status, body) = match (acts, answers, host) {
+            (true, true, Some(host)) => (
+                200,
+                format!(r#"{{"address":"10.96.0.{host}/32","gateways":["10.96.0.1"],"expires_at":"{until}"}}"#),
+            ),
+            (true, true, None) => (409, String::new()),
+            (true, false, _) => (502, String::new()),
+            (false, ..) => (503, String::new()),
         };
         let answer = Approval::from_pool(&asked, status, body.as_bytes())
             .map(Box::new)

@@ -4,6 +4,10 @@
 //! transport packet comes: the answer may be lost, and the initiator then stays on its old session for seconds. The
 //! kernel's WireGuard counts it that way (`wg_noise_received_with_keypair`); this makes the engine's statistics say the
 //! same. The answer carries the index that the initiator's transport packets must name.
+//!
+//! The engine hands its answer to a queue before this sees it: whoever looks in the microseconds between takes the handshake
+//! for completed. Nothing that was received could tell the two apart without trusting what a stranger can send, so a
+//! renewal may take its addresses over up to a round trip early, and what is on its way under the old key is lost then.
 
 use std::{
     collections::HashMap,

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use crate::Now;
 
 /// How long there is to confirm.
-pub const WITHIN: Duration = Duration::from_secs(60);
+pub const WITHIN: Duration = Duration::from_mins(1);
 
 /// Armed or not.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -23,11 +23,9 @@ impl Rollback {
     /// A start: whether it came from afar, and whether it is what begins the session. Says whether it has to be
     /// confirmed now.
     pub fn started(&mut self, from_afar: bool, begins: bool, now: Now) -> bool {
-        self.due = match self.due {
-            Some(_) => None,
-            None if from_afar && begins => now.instant.checked_add(WITHIN).zip(now.wall.checked_add(WITHIN).ok()),
-            None => None,
-        };
+        let waits = self.due.is_none() && from_afar && begins;
+        let due = now.instant.checked_add(WITHIN).zip(now.wall.checked_add(WITHIN).ok());
+        self.due = due.filter(|_| waits);
         self.due.is_some()
     }
 

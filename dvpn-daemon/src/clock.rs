@@ -1,6 +1,6 @@
 //! Jumps of the clocks: this machine slept, or somebody set its time.
 //!
-//! A timer on the wall clock that is cancelled when that clock is set (`TFD_TIMER_CANCEL_ON_SET`, timerfd_create(2)) tells
+//! A timer on the wall clock that is cancelled when that clock is set (`TFD_TIMER_CANCEL_ON_SET`, `timerfd_create(2)`) tells
 //! both at once, and costs no wake-up before: the kernel cancels it on resume too.
 
 use std::time::Duration;
@@ -66,7 +66,7 @@ fn wait(timer: &TimerFd) -> nix::Result<()> {
 }
 
 /// How long this machine has been suspended since it started: the one clock goes on meanwhile, the other does not
-/// (clock_gettime(2)).
+/// (`clock_gettime(2)`).
 fn suspended() -> nix::Result<Duration> {
     let awake = Duration::from(clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?);
     let all = Duration::from(clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?);

@@ -259,17 +259,10 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         refresh,
     ));
     let proxy_end = CancellationToken::new();
-    tokio::spawn(socks5::serve(
-        proxy_listener,
-        config
-            .socks5
-            .login
-            .as_ref()
-            .map(|(user, password)| socks5::Credentials::new(user, password.expose())),
-        views.path(),
-        proxy_metrics,
-        proxy_end.clone(),
-    ));
+    let login = config.socks5.login.as_ref();
+    let login = login.map(|(user, password)| socks5::Credentials::new(user, password.expose()));
+    let proxy = socks5::serve(proxy_listener, login, views.path(), proxy_metrics, proxy_end.clone());
+    tokio::spawn(proxy);
     let bus = join_bus(control).await;
     notify("READY=1\nSTATUS=running");
 
@@ -289,15 +282,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     .await;
     let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
     let restored = restore(&state, &config).await;
-    if !restored.wish || config.tunnel.mode == Mode::App {
-        // What a killed run left; a session that goes on in device mode takes it over.
-        for undone in dns.undo().await {
-            match undone {
-                Ok(what) => tracing::info!("put back after an earlier run: {what}"),
-                Err(error) => tracing::warn!("{}", chain(&error)),
-            }
-        }
-    }
+    put_back_names(&dns, &restored, config.tunnel.mode).await;
     let parts = Parts {
         config,
         state,
@@ -347,6 +332,19 @@ fn device_config(config: &Config) -> DeviceConfig {
         allow_lan: config.tunnel.allow_lan,
         inbound: config.tunnel.allow_inbound.clone(),
         served,
+    }
+}
+
+/// Undoes what a killed run did to the machine's name resolution; a session that goes on in device mode takes it over.
+async fn put_back_names(dns: &Dns, restored: &Restored, mode: Mode) {
+    if restored.wish && mode == Mode::Device {
+        return;
+    }
+    for undone in dns.undo().await {
+        match undone {
+            Ok(what) => tracing::info!("put back after an earlier run: {what}"),
+            Err(error) => tracing::warn!("{}", chain(&error)),
+        }
     }
 }
 
@@ -573,7 +571,7 @@ async fn watch_machine(host: &Host, dns: &Dns, mode: Mode) -> mpsc::Receiver<Mac
             Ok(changes) => forward(changes, MachineEvent::NamesDisturbed, sender.clone()),
             Err(error) => tracing::warn!("what others do to name resolution is not seen: {}", chain(&error)),
         }
-        match host.losses().await {
+        match host.losses() {
             Ok(losses) => forward(losses, MachineEvent::Loss, sender),
             Err(error) => tracing::warn!("what others do to the firewall is not seen: {}", chain(&error)),
         }

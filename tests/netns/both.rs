@@ -24,7 +24,7 @@ fn so_does_a_node_all_of_whose_own_traffic_goes_through_its_tunnel() -> Result<(
     serves_and_connects("device")
 }
 
-/// The node's own TUNNEL_MODE.
+/// The node's own `TUNNEL_MODE`.
 fn serves_and_connects(mode: &str) -> Result<()> {
     let config = NetworkConfig::with_round_trips(&unique_id(), &[8, 10]);
     let mut world = World::build_with(&config, |environment| environment.with("PROVIDERS_ONLY", "provider-a"))?;

@@ -246,9 +246,8 @@ fn what_others_do_to_rules_routes_and_firewall_lets_nothing_out_and_is_undone() 
             Ok((last == standing).then_some(()))
         })
         .with_context(|| format!("{what}: it stood\n{standing}\nand now\n{last}"))?;
-        let begun = Instant::now();
         wait_for_traffic(&world, CONNECT_PATIENCE).with_context(|| what.to_owned())?;
-        eprintln!("{what}: traffic after {:?}", begun.elapsed());
+
         watch.check(what)?;
     }
     // Routes that are more specific than a default route lead nobody away.

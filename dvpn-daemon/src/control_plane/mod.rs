@@ -128,7 +128,7 @@ impl ControlPlane {
 
     /// A socket in the file system that leads to the host of `url` for as long as it is held: for a program that runs as
     /// our own user.
-    pub async fn door(&self, url: &Url) -> Result<Door, Error> {
+    pub fn door(&self, url: &Url) -> Result<Door, Error> {
         let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
             return Err(Error::NoHost(url.clone()));
         };
@@ -212,7 +212,10 @@ impl ControlPlane {
         };
         let kinds = [RecordType::A, RecordType::AAAA];
         let found = kinds.map(|kind| hosts.lookup_static_host(&Query::query(name.clone(), kind)));
-        let records = found.iter().flatten().flat_map(|lookup| lookup.answers());
+        let records = found
+            .iter()
+            .flatten()
+            .flat_map(hickory_resolver::lookup::Lookup::answers);
         records.filter_map(|record| record.data.ip_addr()).collect()
     }
 

@@ -95,7 +95,7 @@ impl Fallback {
         // The program's own sockets would be blocked, and are to be: it gets one of ours, which leads to the orchestrator
         // and nowhere else, for as long as it runs.
         let door = match &self.control_plane {
-            Some(plane) => Some(plane.door(&self.url).await.map_err(|source| Error::Door { source })?),
+            Some(plane) => Some(plane.door(&self.url).map_err(|source| Error::Door { source })?),
             None => None,
         };
         if let Some(door) = &door {

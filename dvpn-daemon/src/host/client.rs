@@ -373,7 +373,7 @@ impl Host {
     /// The table with the settings that device mode needs, which it remembers before they are changed.
     async fn commit_with_settings(&self, side: &mut ClientSide) -> Result<(), Error> {
         let new = match side.standing_device() {
-            Some(_) => forwarding::client_needs(&self.uplink_names().await?)?,
+            Some(_) => forwarding::client_needs(&self.uplink_names().await?),
             None => Vec::new(),
         };
         side.remember(remembered(CLIENT_TABLE)?);
@@ -396,9 +396,9 @@ fn commit(side: &mut ClientSide) -> Result<(), Error> {
         Some(committer) => committer,
         None => nft::Committer::open().map_err(firewall_error)?,
     };
-    let committed = committer.commit(|owned| side.table(owned)).map_err(firewall_error);
+    let done = committer.commit(|owned| side.table(owned)).map_err(firewall_error);
     side.committer = Some(committer);
-    side.made = Some(committed?);
+    side.made = Some(done?);
     Ok(())
 }
 

@@ -190,7 +190,7 @@ fn marks(batch: &mut Batch, device: &Device<'_>) {
     let ports = device.inbound.iter().map(|port| (TCP, *port));
     let ports: Vec<(u8, u16)> = ports.chain(device.served.iter().map(|port| (UDP, *port))).collect();
     for (protocol, port) in &ports {
-        let began_outside = Rule::new().port(*protocol, *port).to_this_machine().original();
+        let began_outside = Rule::new().port(*protocol, *port).for_this_machine().original();
         batch.rule("arriving", began_outside.mark_connection().mark().accept());
     }
     for address in device.control {

@@ -144,7 +144,7 @@ pub(super) fn needed(interface: &str, uplinks: &[String], ipv4: bool, ipv6: bool
 /// Where the way back is checked strictly (`rp_filter` 1), answers to marked packets are looked up by their mark. ARP
 /// answers only for addresses of the interface that is asked, so that the local network cannot find out the tunnel's;
 /// the stricter `arp_ignore` 2 would make machines unreachable whose address has no subnet with the router in it.
-pub(super) fn client_needs(uplinks: &[String]) -> Result<Vec<Remembered>, Error> {
+pub(super) fn client_needs(uplinks: &[String]) -> Vec<Remembered> {
     let number = |path: &str| {
         read(&Path::new(ROOT).join(path))
             .ok()
@@ -173,7 +173,7 @@ pub(super) fn client_needs(uplinks: &[String]) -> Result<Vec<Remembered>, Error>
     if strict && of_all("src_valid_mark") == 0 {
         want("ipv4/conf/all/src_valid_mark".to_owned(), 0, 1);
     }
-    Ok(changes)
+    changes
 }
 
 /// Whether somebody on this machine takes TCP connections from outside at this port.

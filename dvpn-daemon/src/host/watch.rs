@@ -30,7 +30,8 @@ struct Watch {
 
 impl Host {
     /// Yields soon after something of the client's side was taken away, by whomever. Ends only with the kernel's answers.
-    pub async fn losses(&self) -> Result<impl Stream<Item = ()> + Send + use<>, Error> {
+    /// Needs a tokio runtime.
+    pub fn losses(&self) -> Result<impl Stream<Item = ()> + Send + use<>, Error> {
         let groups = [
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv4Rule,

@@ -192,7 +192,7 @@ pub enum Error {
         target: Target,
         /// Why.
         #[source]
-        source: control_plane::Error,
+        source: Box<control_plane::Error>,
     },
     /// More bytes than the contract allows.
     #[error("the answer of {target} is longer than {limit} bytes and was given up: ask the server's operator")]

@@ -138,17 +138,16 @@ impl Client {
         };
         let unreachable = |source| Error::NoWay {
             target: Target::of(url),
-            source,
+            source: Box::new(source),
         };
         let relay = plane.relay(url).await.map_err(unreachable)?;
         let mut relayed = relayed.lock().await;
-        let client = match relayed.get(relay.path()) {
-            Some(client) => client.clone(),
-            None => {
-                let client = build_elsewhere(options, Some(relay.path().to_owned())).await?;
-                relayed.insert(relay.path().to_owned(), client.clone());
-                client
-            }
+        let client = if let Some(client) = relayed.get(relay.path()) {
+            client.clone()
+        } else {
+            let client = build_elsewhere(options, Some(relay.path().to_owned())).await?;
+            relayed.insert(relay.path().to_owned(), client.clone());
+            client
         };
         Ok(Sender {
             client,
@@ -213,7 +212,7 @@ impl Sender {
             match self.relay.as_ref().and_then(Relay::take_failure) {
                 Some(source) => Error::NoWay {
                     target: Target::of(url),
-                    source,
+                    source: Box::new(source),
                 },
                 None => Error::from_request(url, source),
             }

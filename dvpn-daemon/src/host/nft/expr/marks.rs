@@ -36,11 +36,11 @@ const TCP_MAXSEG: u8 = 2;
 impl Rule {
     /// Only packets with our mark.
     pub(crate) fn marked(self) -> Self {
-        self.meta(MetaKey::Mark).is_our_mark()
+        self.meta(MetaKey::Mark).only_our_mark()
     }
     /// Only packets of a connection with our mark.
     pub(crate) fn connection_marked(self) -> Self {
-        self.connection(CT_MARK).is_our_mark()
+        self.connection(CT_MARK).only_our_mark()
     }
     /// Puts our mark on the packet.
     pub(crate) fn mark(self) -> Self {
@@ -68,7 +68,7 @@ impl Rule {
         self.connection(CT_DIRECTION).compare(Operator::Equal, vec![CT_REPLY])
     }
     /// Only packets to an address of this machine.
-    pub(crate) fn to_this_machine(mut self) -> Self {
+    pub(crate) fn for_this_machine(mut self) -> Self {
         let attributes = vec![
             be32(1, Register::Reg1.into()),
             be32(2, FIB_KIND),
@@ -125,7 +125,7 @@ impl Rule {
             .compare(Operator::Equal, vec![value])
     }
 
-    fn is_our_mark(self) -> Self {
+    fn only_our_mark(self) -> Self {
         self.mask(&FWMARK_MASK.to_ne_bytes())
             .compare(Operator::Equal, FWMARK.to_ne_bytes().to_vec())
     }

@@ -277,6 +277,11 @@ impl Host {
         let mut wanted = everything().map(|default| (default, None)).to_vec();
         if let (Some(network), Some(index)) = (&side.network, index) {
             wanted.extend(routes(network, index));
+            let there = self.addresses().await?;
+            let has = |address: &IpNetwork| there.iter().any(|a| a.index == index && a.network == *address);
+            if !network.addresses.iter().all(has) {
+                return Ok(false);
+            }
         }
         Ok(self.has_rules(&selectors).await? && self.has_routes(&wanted).await?)
     }

@@ -7,13 +7,17 @@ use std::{io, time::Duration};
 
 use futures::{Stream, StreamExt as _, channel::mpsc::UnboundedReceiver, stream};
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, SocketAddr, TokioSocket, protocols::NETLINK_NETFILTER};
 use rtnetlink::MulticastGroup;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{CLIENT_TABLE, Error, Host, netlink::is_own_route, nft};
+use super::{
+    CLIENT_INTERFACE, CLIENT_TABLE, Error, Host,
+    netlink::{is_own_route, link_of},
+    nft,
+};
 
 /// Several changes of one transaction are looked at together.
 const TOGETHER: Duration = Duration::from_millis(10);
@@ -32,7 +36,11 @@ impl Host {
     /// Yields soon after something of the client's side was taken away, by whomever. Ends only with the kernel's answers.
     /// Needs a tokio runtime.
     pub fn losses(&self) -> Result<impl Stream<Item = ()> + Send + use<>, Error> {
+        // The kernel does not report each route that goes with an address or with a link that goes down.
         let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv6Route,
@@ -100,8 +108,11 @@ fn is_loss(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
     };
     match inner {
         RouteNetlinkMessage::DelRoute(route) => is_own_route(route),
+        RouteNetlinkMessage::NewLink(link) => {
+            link_of(link).name == CLIENT_INTERFACE && !link.header.flags.contains(LinkFlags::Up)
+        }
         // The message of a rule that is gone does not always say whose it was.
-        RouteNetlinkMessage::DelRule(_) => true,
+        RouteNetlinkMessage::DelRule(_) | RouteNetlinkMessage::DelAddress(_) => true,
         _ => false,
     }
 }

@@ -1,9 +1,10 @@
 //! What each invocation of the program does.
 
+mod machine;
+
 use std::{
     io::Write as _,
     path::Path,
-    pin::pin,
     process::ExitCode,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
@@ -17,7 +18,6 @@ use dvpn_core::{
     firewall::{Exemptions, Policy},
     session::Restored,
 };
-use futures::{Stream, StreamExt as _};
 use jiff::Timestamp;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rand::{TryRng as _, rngs::SysRng};
@@ -30,10 +30,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     audit::Audit,
-    clock::{self, Jump},
     control::{self, Control, metrics::Metrics, payments::Payments},
     control_plane::ControlPlane,
-    driver::{Driver, Ended, MachineEvent, Parts, Termination, Views, Watchdog},
+    driver::{Driver, Ended, Parts, Termination, Views, Watchdog},
     ebpf,
     host::{self, DeviceConfig, Host, dns::Dns},
     http::{self, Payment, Pool},
@@ -266,7 +265,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     let bus = join_bus(control).await;
     notify("READY=1\nSTATUS=running");
 
-    let machine = watch_machine(&host, &dns, config.tunnel.mode).await;
+    let machine = machine::watch_machine(&host, &dns, config.tunnel.mode).await;
     let (reload_sender, reload) = mpsc::channel(1);
     tokio::spawn(reload_on_hangup(arguments, reload_sender, audit.clone()));
     payments.resume(commands).await;
@@ -552,62 +551,4 @@ async fn reload_on_hangup(arguments: Arguments, reload: mpsc::Sender<Arc<Config>
             }
         }
     }
-}
-
-/// What happens to the machine's network, as the driver has to hear of it.
-async fn watch_machine(host: &Host, dns: &Dns, mode: Mode) -> mpsc::Receiver<MachineEvent> {
-    let (sender, receiver) = mpsc::channel(4);
-    match host.way_out_changes().await {
-        Ok(changes) => forward(changes, MachineEvent::OtherWayOut, sender.clone()),
-        Err(error) => tracing::warn!("changes of the network are not seen: {}", chain(&error)),
-    }
-    watch_clock(sender.clone());
-    if mode == Mode::Device {
-        match host.network_changes().await {
-            Ok(changes) => forward(changes, MachineEvent::Changed, sender.clone()),
-            Err(error) => tracing::warn!("changes of the network are not seen: {}", chain(&error)),
-        }
-        match dns.changes() {
-            Ok(changes) => forward(changes, MachineEvent::NamesDisturbed, sender.clone()),
-            Err(error) => tracing::warn!("what others do to name resolution is not seen: {}", chain(&error)),
-        }
-        match host.losses() {
-            Ok(losses) => forward(losses, MachineEvent::Loss, sender),
-            Err(error) => tracing::warn!("what others do to the firewall is not seen: {}", chain(&error)),
-        }
-    }
-    receiver
-}
-
-fn watch_clock(sender: mpsc::Sender<MachineEvent>) {
-    match clock::jumps() {
-        Ok(mut jumps) => {
-            tokio::spawn(async move {
-                while let Some(jump) = jumps.recv().await {
-                    let event = match jump {
-                        Jump::Slept(slept) => {
-                            tracing::info!("this machine slept for {} s", slept.as_secs());
-                            MachineEvent::Resumed
-                        }
-                        Jump::Set => MachineEvent::ClockSet,
-                    };
-                    if sender.send(event).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-        Err(error) => tracing::warn!("the end of a suspension is not seen: {error}"),
-    }
-}
-
-fn forward(stream: impl Stream<Item = ()> + Send + 'static, event: MachineEvent, sender: mpsc::Sender<MachineEvent>) {
-    tokio::spawn(async move {
-        let mut stream = pin!(stream);
-        while stream.next().await.is_some() {
-            if sender.send(event).await.is_err() {
-                return;
-            }
-        }
-    });
 }

@@ -94,7 +94,7 @@ pub enum Error {
     #[error("{}", crate::run::chain(.0))]
     Script(crate::fallback::Untrusted),
     /// Values that are refused, all of them.
-    #[error("{0}")]
+    #[error(transparent)]
     Values(#[from] config::Errors),
     /// Several of these at once.
     #[error("{}", lines(.0))]

@@ -23,7 +23,7 @@ fn cleanup_removes_all_that_a_killed_daemon_left_and_nothing_else() {
          nft add table inet somebody; ip addr add 2001:db8::1/64 dev eth0 nodad",
     );
     let before = here.snapshot();
-    // A daemon that does not come to its end: the handle is forgotten and its runtime is gone.
+    // A daemon that does not come to its end: its descriptors are closed, and nothing else.
     run(async {
         here.sh("ip tuntap add dvpn0 mode tun; ip tuntap add dvpnp0 mode tun");
         let host = Host::open().unwrap();
@@ -43,7 +43,7 @@ fn cleanup_removes_all_that_a_killed_daemon_left_and_nothing_else() {
             public: Vec::new(),
         };
         host.provider_up(&network).await.unwrap();
-        std::mem::forget(host);
+        drop(host);
     });
     assert!(here.sh("cat /proc/sys/net/ipv4/conf/eth0/forwarding").starts_with('1'));
     assert!(

@@ -256,7 +256,7 @@ fn show(status: &Status, exit: &str, took: Duration) {
         bus.as_str()
     ));
     say(&format!(
-        "  kill -9 $(cat {}/{provider}/pid)    # then fetch again: another exit address",
+        "  kill -9 $(cat {}/{provider}/pid)    # then fetch until it answers, some 12 s: another exit address",
         directory().display()
     ));
     say("  ./one-click.sh --down");

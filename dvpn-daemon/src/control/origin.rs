@@ -78,8 +78,8 @@ mod tests {
             .read_line(&mut line)
             .unwrap();
         assert!(is_over_ssh(line.trim().parse().unwrap()));
-        // The sleeper is an orphan from here on, and ends by itself.
-        shell.kill().unwrap();
+        // The shell ends with the program.
+        assert!(Command::new("kill").arg(line.trim()).status().unwrap().success());
         shell.wait().unwrap();
         assert!(!is_over_ssh(1));
     }

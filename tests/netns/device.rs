@@ -76,7 +76,8 @@ fn is_provider(world: &World, address: IpAddr) -> bool {
 /// An ordinary program's connection works again within this long, and leaves by a provider.
 fn wait_for_traffic(world: &World, patience: Duration) -> Result<()> {
     wait_for("traffic through a provider", patience, || {
-        Ok(exit_address(world.ask().namespace(), TIMEOUT).ok())
+        // Beside a flood that fills the tunnel's queues an answer may take its time.
+        Ok(exit_address(world.ask().namespace(), Duration::from_secs(2)).ok())
     })
     .and_then(|exit| {
         ensure!(is_provider(world, exit), "traffic left through {exit}");
@@ -251,7 +252,7 @@ fn what_others_do_to_rules_routes_and_firewall_lets_nothing_out_and_is_undone() 
             Ok((last == standing).then_some(()))
         })
         .with_context(|| format!("{what}: it stood\n{standing}\nand now\n{last}"))?;
-        wait_for_traffic(&world, CONNECT_PATIENCE).with_context(|| what.to_owned())?;
+        wait_for_traffic(&world, Duration::from_mins(1)).with_context(|| what.to_owned())?;
 
         watch.check(what)?;
     }
@@ -267,7 +268,7 @@ fn what_others_do_to_rules_routes_and_firewall_lets_nothing_out_and_is_undone() 
         namespace.sysctl("ipv4/conf/all/rp_filter", strictness)?;
         // What a change of the network brings: the daemon looks again.
         sh("ip link add dvpntest type veth; ip link del dvpntest")?;
-        wait_for_traffic(&world, CONNECT_PATIENCE).with_context(|| format!("rp_filter {strictness}"))?;
+        wait_for_traffic(&world, Duration::from_mins(1)).with_context(|| format!("rp_filter {strictness}"))?;
         watch.check("rp_filter")?;
     }
     watch.end(stop(&world)).map(drop)

@@ -1,7 +1,7 @@
 //! What two DVPN processes, or the kernel programs and the daemon, must agree on.
 //!
-//! Without features this crate is `no_std` and holds only [`abi`], the layout of the eBPF maps. The feature `std`
-//! adds identifiers, keys, the HTTP contracts with their limits, the latency echo, the signed approval, D-Bus names
+//! Without features this crate is `no_std` and holds only [`abi`], the layout of the eBPF maps, and
+//! [`rate`]. The feature `std` adds identifiers, keys, the HTTP contracts with their limits, the latency echo, the signed approval, D-Bus names
 //! and the status document.
 #![cfg_attr(not(feature = "std"), no_std)]
 
@@ -26,5 +26,6 @@ pub mod limits;
 pub mod node;
 #[cfg(feature = "std")]
 pub mod possession;
+pub mod rate;
 #[cfg(feature = "std")]
 pub mod status;

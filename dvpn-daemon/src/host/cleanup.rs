@@ -32,10 +32,11 @@ impl Host {
             self.delete_routes(&[]).await,
             &format!("routes in table {ROUTING_TABLE}"),
         ));
-        report.extend(counted(
-            self.delete_rules(&[]).await,
-            &format!("rules for table {ROUTING_TABLE}"),
-        ));
+        let rules = match self.own_rules().await {
+            Ok(rules) => self.delete_rules(rules).await,
+            Err(error) => Err(error),
+        };
+        report.extend(counted(rules, &format!("rules for table {ROUTING_TABLE}")));
         for table in [CLIENT_TABLE, PROVIDER_TABLE] {
             match restore_settings(table) {
                 Ok(settings) => report.extend(settings.into_iter().map(|setting| Ok(format!("setting {setting}")))),

@@ -12,13 +12,13 @@ use std::{
 
 use dvpn_core::firewall::{Exemptions, Policy};
 use ipnetwork::IpNetwork;
-use netlink_packet_route::AddressFamily;
+use netlink_packet_route::{AddressFamily, IpProtocol};
 
 use super::{
     CLIENT_INTERFACE, CLIENT_TABLE, Error, Host, PROVIDER_INTERFACE, client_policy,
     forwarding::{self, Remembered},
     host_prefix,
-    neighbours::Neighbour,
+    neighbours::Neighbourhood,
     netlink::Selector,
     nft::{self, expr::Family},
     provider::remembered,
@@ -63,8 +63,8 @@ pub(super) struct ClientSide {
     /// The last one used last.
     control: Vec<SocketAddr>,
     resolvers: BTreeSet<SocketAddr>,
-    /// As it was last seen.
-    neighbours: Vec<Neighbour>,
+    /// As they were last seen.
+    around: Neighbourhood,
     inbound: Vec<u16>,
     /// Settings to put back. The table remembers them too, for a run after this one; but somebody may flush it.
     remembered: Vec<Remembered>,
@@ -85,7 +85,7 @@ impl Default for ClientSide {
             network: None,
             control: Vec::new(),
             resolvers: BTreeSet::new(),
-            neighbours: Vec::new(),
+            around: Neighbourhood::default(),
             inbound: Vec::new(),
             remembered: Vec::new(),
             told: false,
@@ -109,6 +109,11 @@ impl ClientSide {
         self.device.as_ref().filter(|_| stands)
     }
 
+    /// Whether there is a table at all.
+    fn has_table(&self) -> bool {
+        self.standing_device().is_some() || !self.guarded.is_empty()
+    }
+
     fn addresses(&self) -> &[IpNetwork] {
         self.network.as_ref().map_or(&[], |network| &network.addresses)
     }
@@ -130,7 +135,7 @@ impl ClientSide {
             resolvers: &self.resolvers,
             inbound: &self.inbound,
             served: &device.served,
-            neighbours: &self.neighbours,
+            neighbours: &self.around.neighbours,
         });
         let facts = client_policy::Facts {
             guarded: &self.guarded,
@@ -157,10 +162,10 @@ impl ClientSide {
                 selectors.push(Selector::From(family, interface.to_owned()));
             }
             for port in &self.inbound {
-                selectors.push(Selector::AnswerTcp(family, *port));
+                selectors.push(Selector::Answer(family, IpProtocol::Tcp, *port));
             }
             for port in &device.served {
-                selectors.push(Selector::AnswerUdp(family, *port));
+                selectors.push(Selector::Answer(family, IpProtocol::Udp, *port));
             }
         }
         for (family, ours, servers) in client_policy::DHCP {
@@ -170,7 +175,12 @@ impl ClientSide {
             };
             selectors.push(Selector::Dhcp(family, ours, servers));
         }
-        let networks: BTreeSet<IpNetwork> = self.neighbours.iter().map(|neighbour| neighbour.network).collect();
+        let networks: BTreeSet<IpNetwork> = self
+            .around
+            .neighbours
+            .iter()
+            .map(|neighbour| neighbour.network)
+            .collect();
         selectors.extend(networks.into_iter().map(Selector::To));
         selectors.extend(FAMILIES.map(Selector::Unmarked));
         selectors
@@ -234,11 +244,7 @@ impl Host {
         if !side.told {
             return Ok(());
         }
-        self.settle(&mut side).await?;
-        match side.network.clone() {
-            Some(network) if self.link(&network.interface).await?.is_some() => self.lead_through(&network).await,
-            Some(_) | None => Ok(()),
-        }
+        self.stand(&mut side).await
     }
 
     /// Makes everything stand again if somebody took something of it away; says whether they did.
@@ -249,13 +255,16 @@ impl Host {
         }
         // Whatever the table is now, it becomes ours in one transaction.
         side.made = None;
-        self.settle(&mut side).await?;
-        if let Some(network) = side.network.clone()
-            && self.link(&network.interface).await?.is_some()
-        {
-            self.lead_through(&network).await?;
+        self.stand(&mut side).await.map(|()| true)
+    }
+
+    /// Firewall, rules and routes, those through the tunnel too while its interface is there.
+    async fn stand(&self, side: &mut ClientSide) -> Result<(), Error> {
+        self.settle(side).await?;
+        match &side.network {
+            Some(network) if self.link(&network.interface).await?.is_some() => self.lead_through(network).await,
+            Some(_) | None => Ok(()),
         }
-        Ok(true)
     }
 
     async fn client_stands(&self, side: &ClientSide) -> Result<bool, Error> {
@@ -334,12 +343,11 @@ impl Host {
     async fn settle(&self, side: &mut ClientSide) -> Result<(), Error> {
         if let Some(device) = side.standing_device() {
             let (lan, inbound) = (device.allow_lan, device.inbound.clone());
-            side.neighbours = self.neighbours(lan).await?;
+            side.around = self.neighbourhood(lan).await?;
             side.inbound = inbound.unwrap_or_else(|| forwarding::listens(SSH).then_some(SSH).into_iter().collect());
         }
-        let table_stands = side.standing_device().is_some() || !side.guarded.is_empty();
-        if table_stands {
-            self.commit_with_settings(side).await?;
+        if side.has_table() {
+            commit_with_settings(side)?;
         }
         let selectors = side.selectors();
         let defaults = everything().map(|default| (default, None));
@@ -347,19 +355,17 @@ impl Host {
             for default in everything() {
                 self.add_route(default, None).await?;
             }
-            for selector in &selectors {
-                self.add_rule(selector).await?;
-            }
         }
+        let stale = self.add_rules(&selectors).await?;
         if side.network.is_none() {
             // While a rule stands, its table still answers "unreachable".
             self.delete_routes(&defaults).await?;
         }
-        self.delete_rules(&selectors).await?;
+        self.delete_rules(stale).await?;
         if selectors.is_empty() {
             self.delete_routes(&[]).await?;
         }
-        if !table_stands {
+        if !side.has_table() {
             side.remember(remembered(CLIENT_TABLE)?);
             for setting in side.remembered.drain(..) {
                 setting.restore()?;
@@ -374,30 +380,27 @@ impl Host {
         }
         Ok(())
     }
+}
 
-    /// The table with the settings that device mode needs, which it remembers before they are changed.
-    async fn commit_with_settings(&self, side: &mut ClientSide) -> Result<(), Error> {
-        let new = match side.standing_device() {
-            Some(_) => forwarding::client_needs(&self.uplink_names().await?),
-            None => Vec::new(),
-        };
-        side.remember(remembered(CLIENT_TABLE)?);
-        side.remember(new.clone());
-        commit(side)?;
-        new.iter().try_for_each(Remembered::apply)
-    }
+/// The table with the settings that device mode needs, which it remembers before they are changed.
+fn commit_with_settings(side: &mut ClientSide) -> Result<(), Error> {
+    let new = match side.standing_device() {
+        Some(_) => forwarding::client_needs(&side.around.uplinks),
+        None => Vec::new(),
+    };
+    side.remember(remembered(CLIENT_TABLE)?);
+    side.remember(new.clone());
+    commit(side)?;
+    new.iter().try_for_each(Remembered::apply)
 }
 
 /// The table alone, if it stands.
 fn commit_standing(side: &mut ClientSide) -> Result<(), Error> {
-    if side.standing_device().is_none() && side.guarded.is_empty() {
-        return Ok(());
-    }
-    commit(side)
+    if side.has_table() { commit(side) } else { Ok(()) }
 }
 
 fn commit(side: &mut ClientSide) -> Result<(), Error> {
-    let committer = match side.committer.take() {
+    let mut committer = match side.committer.take() {
         Some(committer) => committer,
         None => nft::Committer::open().map_err(firewall_error)?,
     };

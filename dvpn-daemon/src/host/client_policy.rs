@@ -294,36 +294,30 @@ fn beside(batch: &mut Batch, device: &Device<'_>, exemptions: &Exemptions) {
 
 /// What carries our mark, by address and port.
 fn by_address(batch: &mut Batch, device: &Device<'_>, exemptions: &Exemptions) {
-    let mut open = |protocol: u8, to: &SocketAddr| {
-        let rule = Rule::new().to(&IpNetwork::from(to.ip())).port(protocol, to.port());
-        batch.rule("beside", rule.accept());
-    };
+    let to = |protocol: u8, to: &SocketAddr| Rule::new().to(&IpNetwork::from(to.ip())).port(protocol, to.port());
     if let Some(endpoint) = &exemptions.tunnel {
-        open(UDP, endpoint);
+        batch.rule("beside", to(UDP, endpoint).accept());
     }
     for address in device.control {
-        open(TCP, address);
+        batch.rule("beside", to(TCP, address).accept());
     }
     for server in device.resolvers {
-        open(UDP, server);
-        open(TCP, server);
-    }
-    for probe in &exemptions.probes {
-        match probe {
-            ProbeTarget::Echo(address) => open(UDP, address),
-            ProbeTarget::Icmp(_) => {}
+        for protocol in [UDP, TCP] {
+            batch.rule("beside", to(protocol, server).accept());
         }
     }
     for probe in &exemptions.probes {
-        if let ProbeTarget::Icmp(address) = probe {
-            let (protocol, kind) = if address.is_ipv4() {
-                (ICMP, ECHO_REQUEST)
-            } else {
-                (ICMPV6, ECHO_REQUEST_V6)
-            };
-            let rule = Rule::new().to(&IpNetwork::from(*address)).icmp(protocol, kind);
-            batch.rule("beside", rule.accept());
-        }
+        let rule = match probe {
+            ProbeTarget::Echo(address) => to(UDP, address),
+            ProbeTarget::Icmp(address) => {
+                let (protocol, kind) = match address {
+                    IpAddr::V4(_) => (ICMP, ECHO_REQUEST),
+                    IpAddr::V6(_) => (ICMPV6, ECHO_REQUEST_V6),
+                };
+                Rule::new().to(&IpNetwork::from(*address)).icmp(protocol, kind)
+            }
+        };
+        batch.rule("beside", rule.accept());
     }
     for port in device.served {
         batch.rule("beside", Rule::new().source_port(UDP, *port).accept());

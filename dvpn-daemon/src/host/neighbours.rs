@@ -52,21 +52,28 @@ pub(super) struct Neighbour {
     pub(super) kind: Kind,
 }
 
-impl Host {
-    /// The networks of this machine alone, and with `lan` those of its local network; in order, each once.
-    pub(super) async fn neighbours(&self, lan: bool) -> Result<Vec<Neighbour>, Error> {
-        let uplinks = self.uplinks().await?;
-        Ok(judge(&self.links().await?, &self.addresses().await?, &uplinks, lan))
-    }
-
+/// Where this machine is.
+#[derive(Debug, Default)]
+pub(super) struct Neighbourhood {
+    /// In order, each once.
+    pub(super) neighbours: Vec<Neighbour>,
     /// The names of the interfaces that lead to the internet.
-    pub(super) async fn uplink_names(&self) -> Result<Vec<String>, Error> {
+    pub(super) uplinks: Vec<String>,
+}
+
+impl Host {
+    /// With the networks of this machine alone, and with `lan` those of its local network.
+    pub(super) async fn neighbourhood(&self, lan: bool) -> Result<Neighbourhood, Error> {
         let uplinks = self.uplinks().await?;
-        let links = self.links().await?.into_iter();
-        Ok(links
-            .filter(|link| uplinks.contains(&link.index))
-            .map(|link| link.name)
-            .collect())
+        let links = self.links().await?;
+        Ok(Neighbourhood {
+            neighbours: judge(&links, &self.addresses().await?, &uplinks, lan),
+            uplinks: links
+                .into_iter()
+                .filter(|link| uplinks.contains(&link.index))
+                .map(|link| link.name)
+                .collect(),
+        })
     }
 }
 

@@ -51,10 +51,8 @@ pub(super) enum Selector {
     Source(IpAddr),
     /// Those that came in by this interface: the main table.
     From(AddressFamily, String),
-    /// TCP from this port: the main table. The firewall sees to it that these are answers.
-    AnswerTcp(AddressFamily, u16),
-    /// UDP from this port: the main table.
-    AnswerUdp(AddressFamily, u16),
+    /// Those of this protocol from this port: the main table. The firewall sees to it that these are answers.
+    Answer(AddressFamily, IpProtocol, u16),
     /// UDP from the first port to the second: the main table.
     Dhcp(AddressFamily, u16, u16),
     /// Those to this network: the main table.
@@ -69,8 +67,7 @@ impl Selector {
         match self {
             Self::Interface(family, _)
             | Self::From(family, _)
-            | Self::AnswerTcp(family, _)
-            | Self::AnswerUdp(family, _)
+            | Self::Answer(family, ..)
             | Self::Dhcp(family, ..)
             | Self::Unmarked(family) => *family,
             Self::Source(address) => of(address.is_ipv4()),
@@ -81,18 +78,14 @@ impl Selector {
     fn table(&self) -> u32 {
         match self {
             Self::Interface(..) | Self::Source(_) | Self::Unmarked(_) => ROUTING_TABLE,
-            Self::From(..) | Self::AnswerTcp(..) | Self::AnswerUdp(..) | Self::Dhcp(..) | Self::To(_) => {
-                u32::from(RouteHeader::RT_TABLE_MAIN)
-            }
+            Self::From(..) | Self::Answer(..) | Self::Dhcp(..) | Self::To(_) => u32::from(RouteHeader::RT_TABLE_MAIN),
         }
     }
 
     fn priority(&self) -> u32 {
         match self {
             Self::Interface(..) | Self::Source(_) => RULE_PRIORITY,
-            Self::From(..) | Self::AnswerTcp(..) | Self::AnswerUdp(..) | Self::Dhcp(..) | Self::To(_) => {
-                RULE_PRIORITY + 1
-            }
+            Self::From(..) | Self::Answer(..) | Self::Dhcp(..) | Self::To(_) => RULE_PRIORITY + 1,
             Self::Unmarked(_) => RULE_PRIORITY + 2,
         }
     }
@@ -115,12 +108,8 @@ impl Selector {
                 rule.header.dst_len = network.prefix();
                 vec![RuleAttribute::Destination(network.network())]
             }
-            Self::AnswerTcp(_, port) => vec![
-                RuleAttribute::IpProtocol(IpProtocol::Tcp),
-                RuleAttribute::SourcePortRange(one(*port)),
-            ],
-            Self::AnswerUdp(_, port) => vec![
-                RuleAttribute::IpProtocol(IpProtocol::Udp),
+            Self::Answer(_, protocol, port) => vec![
+                RuleAttribute::IpProtocol(*protocol),
                 RuleAttribute::SourcePortRange(one(*port)),
             ],
             Self::Dhcp(_, ours, servers) => vec![
@@ -370,14 +359,22 @@ impl Host {
         Ok(wanted.iter().all(|route| there.contains(route)))
     }
 
-    /// Removes those of our rules that are not in `keep`; says how many there were.
-    pub(super) async fn delete_rules(&self, keep: &[Selector]) -> Result<usize, Error> {
-        let mut count = 0;
-        for rule in self.own_rules().await? {
-            if keep.iter().any(|selector| selector.selects_as(&rule)) {
-                continue;
+    /// Adds those of these rules that are missing; gives those of ours that are none of these.
+    pub(super) async fn add_rules(&self, wanted: &[Selector]) -> Result<Vec<RuleMessage>, Error> {
+        let mut there = self.own_rules().await?;
+        for selector in wanted {
+            if !there.iter().any(|rule| selector.selects_as(rule)) {
+                self.add_rule(selector).await?;
             }
-            count += 1;
+        }
+        there.retain(|rule| !wanted.iter().any(|selector| selector.selects_as(rule)));
+        Ok(there)
+    }
+
+    /// Removes these rules; says how many there were.
+    pub(super) async fn delete_rules(&self, rules: Vec<RuleMessage>) -> Result<usize, Error> {
+        let count = rules.len();
+        for rule in rules {
             or_gone(
                 self.netlink().rule().del(rule).execute().await,
                 "removing a routing rule of ours",
@@ -434,7 +431,7 @@ impl Host {
     }
 
     /// Adds a rule; one that is there already is no error.
-    pub(super) async fn add_rule(&self, selector: &Selector) -> Result<(), Error> {
+    async fn add_rule(&self, selector: &Selector) -> Result<(), Error> {
         let mut request = self.netlink().rule().add();
         *request.message_mut() = selector.rule();
         match request.execute().await {

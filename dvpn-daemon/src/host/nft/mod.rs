@@ -4,10 +4,7 @@ pub(crate) mod batch;
 pub(crate) mod expr;
 pub(crate) mod read;
 
-use std::{
-    io,
-    sync::{Mutex, PoisonError},
-};
+use std::io;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
@@ -67,7 +64,7 @@ fn open() -> io::Result<Socket> {
 pub(crate) struct Committer {
     socket: Socket,
     /// What the kernel can do; nothing while that is not known.
-    owns: Mutex<Option<bool>>,
+    owns: Option<bool>,
 }
 
 impl Committer {
@@ -75,30 +72,26 @@ impl Committer {
     pub(crate) fn open() -> io::Result<Self> {
         Ok(Self {
             socket: open()?,
-            owns: Mutex::default(),
+            owns: None,
         })
     }
 
     /// Applies the whole transaction that `make` makes, or nothing: for a table that is owned, or where the kernel does
     /// not know that, for one that is not. Says how many rules it made.
-    pub(crate) fn commit(&self, make: impl Fn(bool) -> Batch) -> io::Result<usize> {
-        let known = *self.owns.lock().unwrap_or_else(PoisonError::into_inner);
-        let batch = make(known.unwrap_or(true));
-        let rules = batch.rules();
-        match commit_by(&self.socket, batch) {
-            Ok(()) => {
-                *self.owns.lock().unwrap_or_else(PoisonError::into_inner) = Some(known.unwrap_or(true));
-                Ok(rules)
-            }
-            Err(error) if known.is_none() && is_unknown(&error) => {
-                let batch = make(false);
-                let rules = batch.rules();
-                commit_by(&self.socket, batch)?;
-                *self.owns.lock().unwrap_or_else(PoisonError::into_inner) = Some(false);
-                Ok(rules)
-            }
-            Err(error) => Err(error),
+    pub(crate) fn commit(&mut self, make: impl Fn(bool) -> Batch) -> io::Result<usize> {
+        let owned = self.owns.unwrap_or(true);
+        match self.try_commit(owned, &make) {
+            Err(error) if self.owns.is_none() && is_unknown(&error) => self.try_commit(false, &make),
+            done => done,
         }
+    }
+
+    fn try_commit(&mut self, owned: bool, make: impl Fn(bool) -> Batch) -> io::Result<usize> {
+        let batch = make(owned);
+        let rules = batch.rules();
+        commit_by(&self.socket, batch)?;
+        self.owns = Some(owned);
+        Ok(rules)
     }
 
     /// Removes a table; false if there was none.

@@ -313,12 +313,7 @@ async fn device_mode(config: &Config, host: &Arc<Host>, state: &State, dns: &Dns
         return None;
     }
     host.device_mode(device_config(config)).await;
-    let plane = ControlPlane::new(Arc::clone(host), state.clone(), dns.clone());
-    // A provider's clients ask them too.
-    if let Err(error) = plane.allow_servers().await {
-        tracing::warn!("letting our questions reach the name servers: {}", chain(&error));
-    }
-    Some(plane)
+    Some(ControlPlane::new(Arc::clone(host), state.clone(), dns.clone()))
 }
 
 fn device_config(config: &Config) -> DeviceConfig {

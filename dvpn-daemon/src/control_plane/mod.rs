@@ -112,10 +112,7 @@ impl ControlPlane {
 
     /// A socket of this process that leads to the host of `url`, the same for the same host and port.
     pub async fn relay(&self, url: &Url) -> Result<Relay, Error> {
-        let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
-            return Err(Error::NoHost(url.clone()));
-        };
-        let host = host.to_owned();
+        let (host, port) = target(url)?;
         let mut relays = self.0.relays.lock().await;
         let key = format!("{host}:{port}");
         if let Some(relay) = relays.get(&key) {
@@ -129,11 +126,9 @@ impl ControlPlane {
     /// A socket in the file system that leads to the host of `url` for as long as it is held: for a program that runs as
     /// our own user.
     pub fn door(&self, url: &Url) -> Result<Door, Error> {
-        let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
-            return Err(Error::NoHost(url.clone()));
-        };
+        let (host, port) = target(url)?;
         let path = self.0.state.path(DOOR);
-        Door::open(path, self.clone(), host.to_owned(), port).map_err(Error::Relay)
+        Door::open(path, self.clone(), host, port).map_err(Error::Relay)
     }
 
     /// A connection to this host. The caller limits the time.
@@ -159,28 +154,19 @@ impl ControlPlane {
         }
         let known = self.names().get(name).cloned();
         let asked = self.ask(name);
-        let answer = match &known {
-            Some(_) => timeout(PATIENCE_WITH_SERVERS, asked).await.ok(),
-            None => Some(asked.await),
+        let Some(known) = known else {
+            let addresses = asked.await?;
+            self.remember(name, &addresses);
+            return Ok(addresses);
         };
-        match (answer, known) {
-            (Some(Ok(addresses)), known) => {
-                if known.as_ref() != Some(&addresses) {
-                    self.remember(name, &addresses);
-                }
-                Ok(addresses)
-            }
-            (Some(Err(_)) | None, Some(known)) => {
-                tracing::debug!("the network's name servers do not answer; a name's last addresses are used");
-                Ok(known)
-            }
-            (Some(Err(error)), None) => Err(error),
-            // Only asked with a limit when something is known.
-            (None, None) => Err(Error::Name {
-                name: name.to_owned(),
-                source: resolve::Error::NoServer,
-            }),
+        let Ok(Ok(addresses)) = timeout(PATIENCE_WITH_SERVERS, asked).await else {
+            tracing::debug!("the network's name servers do not answer; a name's last addresses are used");
+            return Ok(known);
+        };
+        if addresses != known {
+            self.remember(name, &addresses);
         }
+        Ok(addresses)
     }
 
     /// Lets marked questions reach the network's name servers, as they are now, and says which those are.
@@ -240,4 +226,11 @@ impl ControlPlane {
     fn names(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<IpAddr>>> {
         self.0.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The host and port that `url` is about.
+fn target(url: &Url) -> Result<(UrlHost<String>, u16), Error> {
+    let host = url.host().zip(url.port_or_known_default());
+    host.map(|(host, port)| (host.to_owned(), port))
+        .ok_or_else(|| Error::NoHost(url.clone()))
 }

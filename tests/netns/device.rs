@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use dvpn_common::status::StateName;
+use dvpn_common::status::{StateName, Status};
 use dvpn_tests::{
     leak::{LeakWatch, UPLINK, exit_address},
     namespace::Namespace,
@@ -147,18 +147,23 @@ fn nothing_leaks_while_sessions_begin_lose_their_interface_and_change_providers(
     Ok(())
 }
 
+/// Kills every provider and waits until the client has noticed.
+fn lose_every_provider(world: &mut World) -> Result<()> {
+    for provider in &mut world.providers {
+        provider.process.kill()?;
+    }
+    let lost = |status: &Status| !matches!(status.state, StateName::Connected | StateName::Degraded);
+    world
+        .ask()
+        .wait_status("another state", Duration::from_secs(30), lost)?;
+    Ok(())
+}
+
 #[test]
 fn while_nothing_connects_everything_is_blocked_and_paying_works() -> Result<()> {
     let mut world = build(&[8], |environment| environment)?;
     let watch = connect_watched(&world, CONNECT_PATIENCE)?;
-    for provider in &mut world.providers {
-        provider.process.kill()?;
-    }
-    world
-        .ask()
-        .wait_status("another state", Duration::from_secs(30), |status| {
-            !matches!(status.state, StateName::Connected | StateName::Degraded)
-        })?;
+    lose_every_provider(&mut world)?;
     let until = Instant::now() + Duration::from_secs(4);
     while Instant::now() < until {
         ensure!(
@@ -469,14 +474,7 @@ fn names_resolve_beside_the_tunnel_for_the_daemon_alone_and_are_remembered() -> 
         Ok(world.network.pool.namespace.connect((POOL, 80).into(), TIMEOUT).ok())
     })?;
     let watch = connect_watched(&world, CONNECT_PATIENCE)?;
-    for provider in &mut world.providers {
-        provider.process.kill()?;
-    }
-    world
-        .ask()
-        .wait_status("another state", Duration::from_secs(30), |status| {
-            !matches!(status.state, StateName::Connected | StateName::Degraded)
-        })?;
+    lose_every_provider(&mut world)?;
     let checkout = world.ask().begin_checkout().context("with a name server")?;
     ensure!(!checkout.is_empty());
     // The name server is gone, and so is every connection that was kept: a new daemon has none.

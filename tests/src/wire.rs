@@ -325,7 +325,7 @@ fn drain(
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            // The interface is down for now (EIO): nothing to carry, and the loop must not spin on it.
+            // The interface is down (EIO): nothing to carry, and the loop must not spin on it.
             Err(error) if error.raw_os_error() == Some(libc::EIO) => {
                 std::thread::sleep(Duration::from_millis(1));
                 return Ok(());

@@ -12,6 +12,14 @@ fn start(machine: &Machine) -> Running {
     machine.service("/usr/sbin/NetworkManager", &["--no-daemon"], NAME)
 }
 
+/// Sets the global DNS configuration to this signature and value, as busctl(1) reads them.
+fn set_global(machine: &Machine, value: &str) {
+    let set = "busctl --system set-property".split(' ');
+    let property = [NAME, PATH, NAME, "GlobalDnsConfiguration"];
+    let line: Vec<&str> = set.chain(property).chain(value.split_whitespace()).collect();
+    machine.run(&line);
+}
+
 /// A machine whose eth0 is a connection with the network's name server. `more` is configuration.
 fn machine(more: &str) -> (Machine, [Running; 2]) {
     let machine = Machine::new(Some("system"));
@@ -73,17 +81,7 @@ fn network_manager_asks_the_tunnel_also_after_it_was_restarted_and_not_after_a_k
     machine.run(&["nmcli", "connection", "up", "eth0"]);
     machine.assert_tunnel();
     // Somebody takes it away.
-    machine.run(&[
-        "busctl",
-        "--system",
-        "set-property",
-        NAME,
-        PATH,
-        NAME,
-        "GlobalDnsConfiguration",
-        "a{sv}",
-        "0",
-    ]);
+    set_global(&machine, "a{sv} 0");
     machine.assert_tunnel_again(Instant::now());
     machine.assert_tunnel();
 
@@ -111,17 +109,7 @@ fn a_global_configuration_of_the_owner_comes_back_whole() {
     let (machine, _services) = machine("");
     let owners = "a{sv} 2 searches as 1 corp.example domains a{sv} 2 * a{sv} 1 servers as 1 192.0.2.53 \
                   corp.example a{sv} 2 servers as 1 192.0.2.53 options as 1 rotate";
-    let set = [
-        "busctl",
-        "--system",
-        "set-property",
-        NAME,
-        PATH,
-        NAME,
-        "GlobalDnsConfiguration",
-    ];
-    let line: Vec<&str> = set.into_iter().chain(owners.split_whitespace()).collect();
-    machine.run(&line);
+    set_global(&machine, owners);
     let before = (read(), global(&machine), fs::read_to_string(KEPT).unwrap());
     let holder = machine.hold();
     assert_eq!(holder.ways(), "NetworkManager");

@@ -3,6 +3,7 @@
 use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -14,6 +15,12 @@ const BEFORE: &str = "# by hand\nnameserver 192.0.2.53\nsearch example\noptions 
 
 fn read() -> String {
     fs::read_to_string(RESOLV_CONF).unwrap()
+}
+
+/// As a container's engine does it.
+fn mount_as_resolv_conf(outside: &Path) {
+    fs::write(RESOLV_CONF, "").unwrap();
+    mount(Some(outside), RESOLV_CONF, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
 }
 
 #[test]
@@ -120,15 +127,7 @@ fn killed_at_any_moment_a_mounted_one_can_be_put_back_too() {
     let machine = Machine::new(None);
     let outside = machine.path("outside");
     fs::write(&outside, BEFORE).unwrap();
-    fs::write(RESOLV_CONF, "").unwrap();
-    mount(
-        Some(&outside),
-        RESOLV_CONF,
-        None::<&str>,
-        MsFlags::MS_BIND,
-        None::<&str>,
-    )
-    .unwrap();
+    mount_as_resolv_conf(&outside);
     assert_back_after_kills(&machine);
 }
 
@@ -138,15 +137,7 @@ fn a_mounted_resolv_conf_is_written_in_place() {
     let outside = machine.path("outside");
     fs::write(&outside, BEFORE).unwrap();
     fs::set_permissions(&outside, fs::Permissions::from_mode(0o664)).unwrap();
-    fs::write(RESOLV_CONF, "").unwrap();
-    mount(
-        Some(&outside),
-        RESOLV_CONF,
-        None::<&str>,
-        MsFlags::MS_BIND,
-        None::<&str>,
-    )
-    .unwrap();
+    mount_as_resolv_conf(&outside);
     let inode = fs::metadata(RESOLV_CONF).unwrap().ino();
     machine.assert_network();
     let holder = machine.hold();

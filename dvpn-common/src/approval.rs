@@ -38,7 +38,7 @@ pub struct ApprovalFields {
     pub serial: u64,
 }
 
-/// Why bytes are no approval, or not one for now.
+/// Why bytes are no approval.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Too short, too long, or not our magic.

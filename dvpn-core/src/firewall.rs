@@ -32,7 +32,8 @@ pub struct Exemptions {
     pub tunnel: Option<SocketAddr>,
     /// Our probes to these, while Probing.
     pub probes: Vec<ProbeTarget>,
-    /// The fallback script's sockets to the orchestrator, while Provisioning.
+    /// The fallback script runs, while Provisioning. Its one way out is a socket of the daemon's, so that the firewall
+    /// opens nothing for it.
     pub fallback_script: bool,
 }
 

@@ -23,7 +23,7 @@ pub enum Refusal {
     /// Not signed by the pool's pinned key, over exactly these bytes.
     #[error("the approval is not signed by this pool's key")]
     Signature,
-    /// It does not read, or is not for now.
+    /// It does not read, or its time is over or not come.
     #[error(transparent)]
     Approval(#[from] approval::Error),
     /// For another provider.

@@ -74,7 +74,7 @@ pub(super) struct Roster {
     prober: Option<PublicKey>,
     /// Why no new clients are taken.
     pub(super) draining: Option<&'static str>,
-    /// Nobody is a peer for now; who may be is kept up to date.
+    /// Nobody is a peer outside the node's hours; who may be one is kept up to date.
     pub(super) closed: bool,
     /// What the tunnel was told last, because it does not tell allowed IPs back.
     applied: BTreeMap<PublicKey, Vec<IpNetwork>>,

@@ -4,15 +4,16 @@
 # not touched.
 #
 #   ./one-click.sh          installs what is missing, builds, brings it up, shows that it works (again: quickly)
+#   ./one-click.sh --device the same with all of the client's traffic in the tunnel, not only its proxy's
 #   ./one-click.sh --down   removes the network; .env, certs/, the build and installed packages stay
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 readonly POOL=203.0.113.10
-readonly LAB=target/lab/dvpn-lab
+readonly LAB=${CARGO_TARGET_DIR:-target}/lab/dvpn-lab
 
 usage() {
-  sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
 # random_hex BYTES
@@ -57,19 +58,20 @@ down() {
 
 # Building goes to the terminal when there is one; else a line every other second says how far it is.
 build() {
-  local packages=(-p dvpn-daemon -p dvpn-pool -p dvpn-tests)
+  local packages=(-p dvpn-daemon -p dvpn-pool -p dvpn-tests) what=Building
+  [[ -x $LAB ]] || what="Building (this first time takes some minutes)"
   if [[ -t 2 ]]; then
-    say "Building (the first time takes some minutes)"
+    say "$what"
     cargo build --locked --profile lab "${packages[@]}" --bins
   else
-    quietly "Building (the first time takes some minutes)" cargo build --locked --profile lab "${packages[@]}" --bins
+    quietly "$what" cargo build --locked --profile lab "${packages[@]}" --bins
   fi
-  give_back target
+  give_back "${CARGO_TARGET_DIR:-target}"
 }
 
 main() {
   case ${1-} in
-  "" | --down) ;;
+  "" | --device | --down) ;;
   -h | --help)
     usage
     exit 0
@@ -93,6 +95,7 @@ main() {
     local keep=("PATH=$PATH")
     [[ ! -d ${RUSTUP_HOME:-$HOME/.rustup} ]] || keep+=("RUSTUP_HOME=${RUSTUP_HOME:-$HOME/.rustup}")
     [[ ! -d ${CARGO_HOME:-$HOME/.cargo} ]] || keep+=("CARGO_HOME=${CARGO_HOME:-$HOME/.cargo}")
+    [[ -z ${CARGO_TARGET_DIR-} ]] || keep+=("CARGO_TARGET_DIR=$CARGO_TARGET_DIR")
     exec sudo -- env "${keep[@]}" "$PWD/one-click.sh" "$@"
   fi
   # shellcheck source=scripts/lib/toolchain.sh
@@ -117,7 +120,7 @@ main() {
   scripts/gen_dev_certs.sh "IP:$POOL"
   give_back certs
   # What goes on running must not go on holding the lock.
-  "$LAB" up {lock}<&-
+  "$LAB" up "$@" {lock}<&-
 }
 
 main "$@"

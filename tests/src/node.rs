@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     ffi::OsString,
-    os::unix::net::UnixDatagram,
+    os::unix::{ffi::OsStrExt as _, net::UnixDatagram},
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -65,6 +65,24 @@ impl Environment {
     /// A variable.
     pub fn value(&self, name: &str) -> Option<OsString> {
         self.0.get(name).cloned()
+    }
+
+    /// Whether the process was started with all of these, and without those of `others` that are none of these.
+    pub fn is_of(&self, pid: u32, others: &[&str]) -> bool {
+        let there = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let there: BTreeMap<&[u8], &[u8]> = there
+            .split(|byte| *byte == 0)
+            .filter_map(|pair| {
+                let (name, value) = pair.split_at_checked(pair.iter().position(|byte| *byte == b'=')?)?;
+                Some((name, value.get(1..)?))
+            })
+            .collect();
+        let names = self.0.keys().map(String::as_str).chain(others.iter().copied());
+        let mut same = names.map(|name| {
+            let wanted = self.0.get(name).map(|value| value.as_bytes());
+            there.get(name.as_bytes()).copied() == wanted
+        });
+        same.all(|same| same)
     }
 
     fn command(&self, program: &Path) -> Command {

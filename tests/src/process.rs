@@ -155,6 +155,16 @@ impl Drop for Process {
     }
 }
 
+/// Whether this process runs: one that has ended and that nobody has waited for does not.
+pub fn runs(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name before the state may hold anything (proc(5)).
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.trim_start().chars().next());
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
 /// Gives the calling thread, and what it starts, a view of the file system with another /etc/resolv.conf.
 fn private_resolv_conf(file: &Path) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace: this needs root")?;

@@ -8,23 +8,25 @@ use std::{
     io::Write as _,
     net::Ipv4Addr,
     os::unix::process::CommandExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
+    sync::LazyLock,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use dvpn_tests::{
+    bus::BusAddress,
     namespace::{Namespace, names},
-    network::PREFIX,
+    network::{PREFIX, ROOT},
     sweep, web,
-    wire::{End, Jitter, Path, Wire},
+    wire::{self, End, Jitter, Wire},
 };
 use nix::sched::{CloneFlags, setns};
 
-/// The id of the network that the commands without an id are about.
-const ID: &str = "one-click";
+/// The id of the network that this is about; a test has one of its own.
+static ID: LazyLock<String> = LazyLock::new(|| std::env::var("DVPN_LAB_ID").unwrap_or_else(|_| "one-click".to_owned()));
 
 #[derive(Parser)]
 #[command(about = "A DVPN on one machine: pool, providers, web server and client in network namespaces")]
@@ -83,6 +85,9 @@ struct Files {
     /// Settings of the client.
     #[arg(long, default_value = ".env")]
     env: PathBuf,
+    /// All of the client's traffic goes through the tunnel, not only what uses its proxy.
+    #[arg(long)]
+    device: bool,
     /// Round-trip times of the providers, in milliseconds.
     #[arg(long, value_delimiter = ',', default_values_t = [8, 10, 13])]
     round_trips: Vec<u64>,
@@ -145,22 +150,31 @@ fn dispatch(verb: Verb) -> Result<()> {
     }
 }
 
-/// Replaces this process by a command in the machine's network. It finds the name server beyond the providers only
-/// through the tunnel, like every program of the client.
+/// Replaces this process by a command on the machine: in its network, with its resolv.conf and its system bus.
 fn exec(machine: &str, command: &[String]) -> Result<()> {
-    let prefix = format!("{PREFIX}{ID}-");
+    let prefix = format!("{PREFIX}{}-", *ID);
     let name = format!("{prefix}{machine}");
     let existing = names(&prefix);
     if !existing.contains(&name) {
         let machines: Vec<&str> = existing.iter().filter_map(|name| name.strip_prefix(&prefix)).collect();
         bail!("there is no machine {machine}, only {machines:?}: `dvpn-lab up` makes them");
     }
-    let namespace = File::open(Namespace::open(&name)?.path()).context("opening the namespace")?;
-    setns(namespace, CloneFlags::CLONE_NEWNET).context("entering the namespace")?;
     let Some((program, arguments)) = command.split_first() else {
         bail!("no command given")
     };
-    Err(Command::new(program).args(arguments).exec()).with_context(|| format!("running {program}"))
+    let mut command = Command::new(program);
+    command.args(arguments);
+    let namespace = File::open(Namespace::open(&name)?.path()).context("opening the namespace")?;
+    setns(namespace, CloneFlags::CLONE_NEWNET).context("entering the namespace")?;
+    let machine = Path::new(ROOT).join(&*ID).join(machine);
+    if let Some(pid) = run::running(&machine.join("pid")) {
+        let mounts = File::open(format!("/proc/{pid}/ns/mnt")).context("opening the machine's mount namespace")?;
+        let here = std::env::current_dir().context("asking for the working directory")?;
+        setns(mounts, CloneFlags::CLONE_NEWNS).context("entering the machine's mount namespace")?;
+        command.current_dir(here);
+        command.env("DBUS_SYSTEM_BUS_ADDRESS", BusAddress::in_directory(&machine).as_str());
+    }
+    Err(command.exec()).with_context(|| format!("running {program}"))
 }
 
 fn wire(arguments: &WireArguments) -> Result<()> {
@@ -170,7 +184,7 @@ fn wire(arguments: &WireArguments) -> Result<()> {
     };
     let (a, b) = (end(&arguments.a)?, end(&arguments.b)?);
     let millis = |ms: f64| Duration::try_from_secs_f64(ms / 1e3).context("a time must not be negative");
-    let path = Path {
+    let path = wire::Path {
         delay: millis(arguments.delay_ms)?,
         jitter: Jitter::Uniform(millis(arguments.jitter_ms)?),
         loss: arguments.loss_percent / 100.0,

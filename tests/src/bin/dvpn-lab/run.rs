@@ -11,7 +11,7 @@ use dvpn_tests::{
     namespace::names,
     network::{Machine, Network, NetworkConfig, PREFIX, ROOT},
     node::{self, Daemon, Environment},
-    process::Process,
+    process::{self, Process},
     sweep,
 };
 use nix::{
@@ -25,7 +25,7 @@ use super::{Files, ID, say};
 /// The line after which everything stands.
 pub(super) const READY: &str = "the network stands";
 /// Settings that `.env` may give the client of the local network. Its pool and payment server are the local ones.
-const CLIENT_SETTINGS: [&str; 6] = [
+pub(super) const CLIENT_SETTINGS: [&str; 6] = [
     "USER_ID",
     "TOKEN_PASSPHRASE",
     "MESH_SAMPLE_SIZE",
@@ -36,12 +36,23 @@ const CLIENT_SETTINGS: [&str; 6] = [
 
 /// Where the holder writes its progress.
 pub(super) fn log_path() -> PathBuf {
-    Path::new(ROOT).join(format!("{ID}.log"))
+    Path::new(ROOT).join(format!("{}.log", *ID))
 }
 
 /// Where its process id stands.
 pub(super) fn pid_path() -> PathBuf {
-    Path::new(ROOT).join(format!("{ID}.pid"))
+    Path::new(ROOT).join(format!("{}.pid", *ID))
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path).with_context(|| format!("finding {}", path.display()))
+}
+
+/// The process that a file names, while it runs.
+pub(super) fn running(pid_file: &Path) -> Option<u32> {
+    let text = std::fs::read_to_string(pid_file).ok()?;
+    let pid = text.trim().parse().ok()?;
+    process::runs(pid).then_some(pid)
 }
 
 /// Builds the network and holds it until told to end.
@@ -51,14 +62,13 @@ pub(super) fn run(files: &Files) -> Result<()> {
     if setsid().is_err() {
         say("running in the foreground");
     }
-    let absolute = |path: &Path| std::fs::canonicalize(path).with_context(|| format!("finding {}", path.display()));
     let ca = absolute(&files.ca)?;
     let identity = Identity {
         certificate: absolute(&files.certificate)?,
         key: absolute(&files.key)?,
     };
     say("making the namespaces and wires");
-    let network = Network::build(&NetworkConfig::with_round_trips(ID, &files.round_trips))?;
+    let network = Network::build(&NetworkConfig::with_round_trips(&ID, &files.round_trips))?;
     write_pid(&pid_path(), std::process::id())?;
     say("starting the web server that only providers reach");
     let web = node::spawn_web(&network)?;
@@ -76,7 +86,7 @@ pub(super) fn run(files: &Files) -> Result<()> {
     say("waiting until the pool lists the providers");
     node::wait_until_listed(&network, &ca, network.providers.len(), Duration::from_secs(30))?;
     say("starting the client");
-    let client = Daemon::spawn(&network, &network.client, client_environment(files, &ca)?)?;
+    let client = Daemon::spawn(&network, &network.client, client_environment(files)?)?;
     write_machine_pid(&network.client, &client.process)?;
     say(&format!(
         "the client was ready after {} ms",
@@ -89,8 +99,11 @@ pub(super) fn run(files: &Files) -> Result<()> {
     Ok(())
 }
 
-fn client_environment(files: &Files, ca: &Path) -> Result<Environment> {
-    let mut environment = node::client_environment(ca);
+/// What the client is told: the local network's own, and what `.env` says of
+/// [`CLIENT_SETTINGS`].
+pub(super) fn client_environment(files: &Files) -> Result<Environment> {
+    let mode = if files.device { "device" } else { "app" };
+    let mut environment = node::client_environment(&absolute(&files.ca)?).with("TUNNEL_MODE", mode);
     let text = match std::fs::read_to_string(&files.env) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -135,7 +148,7 @@ pub(super) fn wait_for_end() -> Result<()> {
 
 /// Ends the holder, and removes what is left in any case.
 pub(super) fn down() -> Result<()> {
-    if sweep::is_running(ID) {
+    if sweep::is_running(&ID) {
         let text = std::fs::read_to_string(pid_path()).with_context(|| {
             format!(
                 "the network runs, but {} does not say who holds it",
@@ -150,14 +163,15 @@ pub(super) fn down() -> Result<()> {
             Err(error) => return Err(error).context("ending the holder of the network"),
         }
         let deadline = Instant::now() + Duration::from_secs(15);
-        while sweep::is_running(ID) {
+        // Its lock is gone before it has tidied up.
+        while sweep::is_running(&ID) || running(&pid_path()).is_some() {
             if Instant::now() >= deadline {
                 bail!("process {pid} does not end: kill -9 {pid}, then run this again");
             }
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-    sweep::remove(ID)?;
+    sweep::remove(&ID)?;
     for path in [log_path(), pid_path()] {
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -166,7 +180,7 @@ pub(super) fn down() -> Result<()> {
             Ok(()) | Err(_) => {}
         }
     }
-    let left = names(&format!("{PREFIX}{ID}-"));
+    let left = names(&format!("{PREFIX}{}-", *ID));
     if !left.is_empty() {
         bail!("these namespaces are still there: {left:?}");
     }

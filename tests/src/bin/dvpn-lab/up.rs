@@ -10,21 +10,23 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use dvpn_common::status::{PaymentStatus, StateName, Status};
+use dvpn_common::status::{CandidateStatus, PaymentStatus, StateName, Status};
 use dvpn_tests::{
     bus::BusAddress,
     client::{Client, SOCKS5},
     https,
-    network::{POOL, PREFIX, ROOT, WEB_NAME},
+    network::{PREFIX, ROOT, WEB_NAME},
     node, sweep,
 };
 
 use super::{
     Files, ID,
-    run::{READY, down, log_path},
+    run::{CLIENT_SETTINGS, READY, client_environment, down, log_path, running},
     say,
 };
 
+/// The machines whose programs must run.
+const MACHINES: [&str; 5] = ["pool", "provider-a", "provider-b", "provider-c", "client"];
 /// How often at least something is said.
 const HEARTBEAT: Duration = Duration::from_millis(1800);
 
@@ -37,15 +39,18 @@ pub(super) fn up(files: &Files) -> Result<()> {
             file.display()
         );
     }
-    if stands() {
-        say("the network stands already");
-    } else {
-        if sweep::is_running(ID) {
-            say("the network of an earlier run is not whole: taking it down first");
+    let missing = missing(files)?;
+    if let Some(why) = &missing {
+        if sweep::is_running(&ID) {
+            say(&format!(
+                "the network of an earlier run is of no use, {why}: taking it down first"
+            ));
             down()?;
         }
         sweep::dead().context("removing what an earlier run left")?;
         start(files)?;
+    } else {
+        say("the network stands already");
     }
     let client = client()?;
     let status = patiently("the client", || Ok(client.health()?.1))?;
@@ -58,38 +63,43 @@ pub(super) fn up(files: &Files) -> Result<()> {
     say("connecting (D-Bus Start)");
     let (exit, took) = patiently("the first byte through the proxy", || first_byte(&client))?;
     let status = client.wait_state(StateName::Connected, Duration::from_secs(5))?;
-    show(&status, &exit, took);
+    show(&status, &exit, took, files.device);
     Ok(())
 }
 
-/// Whether all of it runs and the wires carry. A holder that is just ending still has its lock.
-fn stands() -> bool {
-    let ready = sweep::is_running(ID) && std::fs::read_to_string(log_path()).is_ok_and(|log| log.contains(READY));
-    ready
-        && client().is_ok_and(|client| {
-            let pool = (POOL, node::POOL_PORT).into();
-            client.health().is_ok() && client.namespace().connect(pool, Duration::from_secs(1)).is_ok()
-        })
+/// Why there is no network that can be used, if so: something does not run, or was started with other settings.
+fn missing(files: &Files) -> Result<Option<String>> {
+    let ready = || std::fs::read_to_string(log_path()).is_ok_and(|log| log.contains(READY));
+    if !sweep::is_running(&ID) || !ready() {
+        return Ok(Some("it did not come up".to_owned()));
+    }
+    for machine in MACHINES {
+        if running(&pid_file(machine)).is_none() {
+            return Ok(Some(format!("{machine} does not run")));
+        }
+    }
+    let wanted = client_environment(files)?;
+    if !running(&pid_file("client")).is_some_and(|pid| wanted.is_of(pid, &CLIENT_SETTINGS)) {
+        return Ok(Some("its client has other settings".to_owned()));
+    }
+    let answers = client().is_ok_and(|client| client.health().is_ok());
+    Ok((!answers).then(|| "its client does not answer".to_owned()))
 }
 
 /// Says what runs.
 pub(super) fn status() -> Result<()> {
-    if !sweep::is_running(ID) {
+    if !sweep::is_running(&ID) {
         say("the network is down; `./one-click.sh` brings it up");
         return Ok(());
     }
-    for machine in ["pool", "provider-a", "provider-b", "provider-c", "client"] {
-        let pid = std::fs::read_to_string(directory().join(machine).join("pid")).unwrap_or_default();
-        let pid = pid.trim();
-        let runs = !pid.is_empty() && Path::new("/proc").join(pid).exists();
-        say(&format!(
-            "{machine:<11} {}",
-            if runs {
-                format!("runs as process {pid}")
-            } else {
-                "does not run".to_owned()
-            }
-        ));
+    for machine in MACHINES {
+        let state = running(&pid_file(machine))
+            .map_or_else(|| "does not run".to_owned(), |pid| format!("runs as process {pid}"));
+        say(&format!("{machine:<11} {state}"));
+    }
+    if running(&pid_file("client")).is_none() {
+        say("`./one-click.sh` brings it up anew");
+        return Ok(());
     }
     let (code, status) = client()?.health()?;
     say(&format!("client      {} (/health {code})", status.state.as_str()));
@@ -98,12 +108,16 @@ pub(super) fn status() -> Result<()> {
 }
 
 fn directory() -> PathBuf {
-    Path::new(ROOT).join(ID)
+    Path::new(ROOT).join(&*ID)
+}
+
+fn pid_file(machine: &str) -> PathBuf {
+    directory().join(machine).join("pid")
 }
 
 fn client() -> Result<Client> {
     Client::new(
-        &format!("{PREFIX}{ID}-client"),
+        &format!("{PREFIX}{}-client", *ID),
         BusAddress::in_directory(&directory().join("client")),
     )
 }
@@ -128,6 +142,9 @@ fn start(files: &Files) -> Result<()> {
     command.arg("--key").arg(&files.key).arg("--env").arg(&files.env);
     let round_trips: Vec<String> = files.round_trips.iter().map(ToString::to_string).collect();
     command.arg("--round-trips").arg(round_trips.join(","));
+    if files.device {
+        command.arg("--device");
+    }
     command
         .stdin(Stdio::null())
         .stdout(log.try_clone().context("sharing the log")?)
@@ -222,7 +239,12 @@ fn first_byte(client: &Client) -> Result<(String, Duration)> {
 
 fn candidates(status: &Status) {
     let used = status.provider.as_ref().map(|provider| &provider.id);
-    for candidate in &status.candidates {
+    let mut candidates: Vec<_> = status.candidates.iter().collect();
+    candidates.sort_by(|a, b| {
+        let latency = |candidate: &CandidateStatus| candidate.latency_ms.unwrap_or(f64::INFINITY);
+        latency(a).total_cmp(&latency(b))
+    });
+    for candidate in candidates {
         let latency = candidate
             .latency_ms
             .map_or_else(|| "no answer".to_owned(), |ms| format!("{ms:.1} ms"));
@@ -231,30 +253,34 @@ fn candidates(status: &Status) {
     }
 }
 
-fn show(status: &Status, exit: &str, took: Duration) {
+fn show(status: &Status, exit: &str, took: Duration, device: bool) {
     say("");
     say(&format!("exit address: {exit}"));
     candidates(status);
     say(&format!("first byte:   {} ms after Start", took.as_millis()));
     let lab = std::env::current_exe().map_or_else(|_| "dvpn-lab".to_owned(), |path| path.display().to_string());
-    let bus = BusAddress::in_directory(&directory().join("client"));
+    let proxy = if device {
+        String::new()
+    } else {
+        format!("--socks5-hostname {SOCKS5} ")
+    };
     let provider = status
         .provider
         .as_ref()
         .map_or("provider-a", |provider| provider.id.as_str());
     say("");
     say("What to try next (as root):");
+    say(&format!("  {lab} exec client curl {proxy}http://{WEB_NAME}/"));
     say(&format!(
-        "  {lab} exec client curl --socks5-hostname {SOCKS5} http://{WEB_NAME}/"
-    ));
-    say(&format!(
-        "  {lab} exec client curl --socks5-hostname {SOCKS5} -o /dev/null http://{WEB_NAME}/bytes/1000000000"
+        "  {lab} exec client curl {proxy}-o /dev/null http://{WEB_NAME}/bytes/1000000000"
     ));
     say(&format!("  {lab} exec client curl -s http://127.0.0.1:9808/health"));
     say(&format!(
-        "  busctl --address={} call org.dvpn.Daemon1 /org/dvpn/Daemon1 org.dvpn.Daemon1 Status",
-        bus.as_str()
+        "  {lab} exec client busctl call org.dvpn.Daemon1 /org/dvpn/Daemon1 org.dvpn.Daemon1 Status"
     ));
+    if !device {
+        say("  ./one-click.sh --device    # the same with all of the client's traffic in the tunnel");
+    }
     say(&format!(
         "  kill -9 $(cat {}/{provider}/pid)    # then fetch until it answers, some 12 s: another exit address",
         directory().display()

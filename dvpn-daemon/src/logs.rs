@@ -59,13 +59,18 @@ impl<'a> MakeWriter<'a> for Tail {
     }
 }
 
+/// What `DVPN_LOG` asks for. Libraries that write names, passwords or packets at debug level stay silent whatever it is.
+pub fn filter(text: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(format!("{text},{QUIET}")).map_err(|error| {
+        format!("DVPN_LOG = {text:?}: {error}: give error, warn, info, debug or trace, or a list like info,dvpn_daemon=debug")
+    })
+}
+
 /// Starts logging; `filter` is a level or a list of `module=level`, as in `DVPN_LOG`. Standard error carries no times
 /// when the journal adds its own.
 pub fn init(filter: &str) -> Result<Tail, String> {
     let tail = Tail::default();
-    // Libraries that write names, passwords or packets at debug level stay silent whatever the operator asks for.
-    let filter = EnvFilter::try_new(format!("{filter},{QUIET}"))
-        .map_err(|error| format!("DVPN_LOG {filter:?} does not read: {error}"))?;
+    let filter = self::filter(filter)?;
     let format = tracing_subscriber::fmt::layer().with_ansi(false).with_target(false);
     let screen: Box<dyn tracing_subscriber::Layer<_> + Send + Sync> = if std::env::var_os("JOURNAL_STREAM").is_some() {
         Box::new(format.with_writer(io::stderr).without_time())

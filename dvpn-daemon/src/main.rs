@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     };
     match arguments.task {
         Task::Run | Task::Simulate { .. } => run::serve(arguments, config, node::device()),
-        Task::CheckConfig => run::print("the configuration is good"),
+        Task::CheckConfig => run::check_config(&config),
         Task::Cleanup => run::cleanup(&config.bpf_directory, &config.state_directory),
         Task::EarlyBoot => run::early_boot(&config),
     }

@@ -1,5 +1,6 @@
 //! What each invocation of the program does.
 
+mod check;
 mod machine;
 
 use std::{
@@ -27,6 +28,8 @@ use tokio::{
     sync::{mpsc, watch},
 };
 use tokio_util::sync::CancellationToken;
+
+pub use check::check_config;
 
 use crate::{
     audit::Audit,

@@ -7,6 +7,7 @@ mod choice;
 mod document;
 mod error;
 mod read;
+mod remarks;
 mod secret;
 mod source;
 mod table;

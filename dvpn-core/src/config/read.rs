@@ -184,6 +184,14 @@ impl<'a> Reader<'a> {
         }
         let ports = self.list("ALLOW_INBOUND", port);
         let mode = self.mode();
+        let kill_switch = self.blocking("KILL_SWITCH", mode, true);
+        let lockdown = self.blocking("LOCKDOWN", mode, false);
+        if lockdown && !kill_switch {
+            self.together(
+                "LOCKDOWN",
+                "goes on blocking after Stop what KILL_SWITCH blocks: leave that true",
+            );
+        }
         TunnelSettings {
             private_key: self.read("WG_PRIVATE_KEY", |text| {
                 PrivateKey::parse(text).map_err(|error| error.to_string())
@@ -196,8 +204,8 @@ impl<'a> Reader<'a> {
                     .ok_or_else(|| "must be IP addresses of resolvers".to_owned())
             }),
             mode,
-            kill_switch: self.blocking("KILL_SWITCH", mode, true),
-            lockdown: self.blocking("LOCKDOWN", mode, false),
+            kill_switch,
+            lockdown,
             allow_lan: self.flag("ALLOW_LAN"),
             allow_inbound: if ports.is_empty() { None } else { Some(ports) },
         }
@@ -382,7 +390,7 @@ impl<'a> Reader<'a> {
             text.split(',')
                 .map(str::trim)
                 .filter(|item| !item.is_empty())
-                .map(read)
+                .map(|item| read(item).map_err(|reason| format!("{}: {reason}", excerpt(item))))
                 .collect()
         })
         .unwrap_or_default()

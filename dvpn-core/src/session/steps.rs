@@ -213,7 +213,7 @@ impl Session {
             let offered = providers.len();
             let nobody = Failure {
                 what: format!("none of the pool's {offered} providers is allowed by the choice"),
-                how: "widen PROVIDERS_ONLY, PROVIDERS_EXCLUDE or the choice given at start".into(),
+                how: "widen PROVIDERS_ONLY, PROVIDERS_EXCLUDE, or what Choose was given".into(),
                 retry: Retry::Backoff,
             };
             return self.give_up(nobody, false);

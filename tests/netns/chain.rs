@@ -37,6 +37,7 @@ fn traffic_leaves_through_the_paid_provider_and_not_before_it_is_paid() -> Resul
         )
         .is_err()
     );
+    ensure!(world.ask().checkout_field("paid_until")?.is_none());
     world.ask().stop()?;
 
     let status = world.pay_and_connect()?;
@@ -48,6 +49,9 @@ fn traffic_leaves_through_the_paid_provider_and_not_before_it_is_paid() -> Resul
     );
     let (code, _) = world.ask().health()?;
     ensure!(code == 200, "/health is {code} while connected");
+    // Who begins to pay again is told until when the month is paid.
+    let paid_until = status.paid_until.context("the end of the month")?.to_string();
+    ensure!(world.ask().checkout_field("paid_until")? == Some(paid_until));
 
     // By name (resolved through the tunnel) and by address; the exit is the provider in use.
     let exit = world.ask().exit_address(TIMEOUT)?;

@@ -118,12 +118,15 @@ impl Client {
 
     /// D-Bus `Payments`: the open checkout's id.
     pub fn begin_checkout(&self) -> Result<String> {
+        let id = self.checkout_field("session_id")?;
+        id.context("Payments answered without a session_id")
+    }
+
+    /// What Payments says under this name, if anything.
+    pub fn checkout_field(&self, name: &str) -> Result<Option<String>> {
         let reply = self.bus.call("Payments", &[])?;
-        let id = reply
-            .pointer("/data/0/session_id/data")
-            .and_then(serde_json::Value::as_str);
-        id.map(str::to_owned)
-            .with_context(|| format!("Payments answered without a session_id: {reply}"))
+        let field = reply.pointer(&format!("/data/0/{name}/data"));
+        Ok(field.and_then(serde_json::Value::as_str).map(str::to_owned))
     }
 
     /// A page of the web server through the proxy, by name.

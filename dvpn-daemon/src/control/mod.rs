@@ -12,6 +12,7 @@ pub mod payments;
 
 use dvpn_common::status::{NodeStatus, Status};
 use dvpn_core::{audit::Event, session::Choice};
+use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{audit::Audit, logs::Tail};
@@ -35,7 +36,7 @@ pub enum Command {
     Start(bool, oneshot::Sender<()>),
     /// End it.
     Stop(oneshot::Sender<()>),
-    /// Use only these providers from the next attempt on.
+    /// Use only these providers; a session with another one ends for one of these.
     Choose(Choice, oneshot::Sender<()>),
     /// The token changed.
     TokenChanged,
@@ -169,7 +170,10 @@ impl Control {
     /// Begins a checkout, or returns the one that is open.
     pub async fn payments(&self, caller: Caller) -> Result<Checkout, Error> {
         self.authorize(caller, "payments")?;
-        Ok(self.payments.checkout(self.commands.clone()).await?)
+        let mut checkout = self.payments.checkout(self.commands.clone()).await?;
+        let paid_until = self.status.borrow().paid_until;
+        checkout.paid_until = paid_until.filter(|end| *end > Timestamp::now());
+        Ok(checkout)
     }
 
     /// The whole status, as JSON.

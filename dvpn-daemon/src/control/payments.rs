@@ -58,6 +58,8 @@ pub struct Checkout {
     amount_sats: Option<u64>,
     expires_at: Option<Timestamp>,
     confirmations: Option<String>,
+    /// When the month that is paid already ends; another one runs from the day of its payment.
+    pub paid_until: Option<Timestamp>,
 }
 
 impl Checkout {
@@ -72,6 +74,7 @@ impl Checkout {
             ("amount_sats", self.amount_sats.map(|sats| sats.to_string())),
             ("expires_at", self.expires_at.map(|time| time.to_string())),
             ("confirmations", self.confirmations),
+            ("paid_until", self.paid_until.map(|time| time.to_string())),
         ];
         known
             .into_iter()
@@ -137,6 +140,7 @@ impl Open {
             amount_sats: response.amount_sats,
             expires_at: response.expires_at,
             confirmations: confirmations.map(|(seen, needed)| format!("{seen}/{needed}")),
+            paid_until: None,
         }
     }
 }

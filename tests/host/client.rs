@@ -137,3 +137,20 @@ fn a_planted_leak_is_seen_without_the_guard_and_dropped_with_it() {
     assert_eq!(counters[SOURCE_ELSEWHERE].packets, 1);
     assert_eq!(counters[DESTINATION_ELSEWHERE].packets, 1);
 }
+
+#[test]
+fn a_refused_transaction_does_not_spoil_the_next_one() {
+    let here = Namespace::enter_new();
+    here.sh(WORLD);
+    block_on(async {
+        let (first, second) = (Host::open().unwrap(), Host::open().unwrap());
+        first.set_client_guard(&guarded()).await.unwrap();
+        // The table is the first one's, where the kernel lets it be anybody's.
+        let _refused = second.set_client_guard(&guarded()).await;
+        first.set_client_guard(&[]).await.unwrap();
+        for _ in 0..2 {
+            second.set_client_guard(&guarded()).await.unwrap();
+        }
+        assert!(here.sh("nft list ruleset").contains("10.96.0.2"));
+    });
+}

@@ -1,4 +1,5 @@
-//! The same tests for WireGuard in the kernel, what only that does, and the whole chain on it.
+//! The same tests for WireGuard in the kernel, what only that does, the whole chain on it, and the leak
+//! table of device mode.
 //!
 //! Needs root and a kernel with WireGuard, eBPF, nftables and network namespaces: `scripts/test.sh vm` runs it in a
 //! virtual machine under software emulation, where everything takes some twenty times as long.
@@ -8,6 +9,8 @@
 #[path = "../tunnel/bed.rs"]
 mod bed;
 mod chain;
+#[path = "../netns/device.rs"]
+mod device;
 #[path = "../tunnel/failures.rs"]
 mod failures;
 mod kernel;

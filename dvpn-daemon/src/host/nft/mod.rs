@@ -54,6 +54,8 @@ fn error_code(payload: &[u8]) -> Option<i32> {
 fn open() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
     socket.bind(&SocketAddr::new(0, 0))?;
+    // Each refusal would bring the refused message back.
+    socket.set_cap_ack(true)?;
     // Answers are queued before `send` returns, so reading never has to wait.
     socket.set_non_blocking(true)?;
     Ok(socket)
@@ -113,11 +115,17 @@ pub(crate) fn commit(batch: Batch) -> io::Result<()> {
 fn commit_by(socket: &Socket, batch: Batch) -> io::Result<()> {
     let (bytes, last) = batch.encode();
     socket.send(&bytes, 0)?;
-    let mut applied = false;
+    let (mut applied, mut failed) = (false, None);
+    // To the last answer, also after an error: what is left would be taken for the next transaction's.
     loop {
         let answer = match socket.recv_from_full() {
             Ok((answer, _)) => answer,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            // More answers than the socket holds: some are lost, the last among them or not.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                failed.get_or_insert(error);
+                continue;
+            }
             Err(error) => return Err(error),
         };
         for message in answers(&answer) {
@@ -126,15 +134,19 @@ fn commit_by(socket: &Socket, batch: Batch) -> io::Result<()> {
             }
             match error_code(message.payload) {
                 Some(0) => applied |= message.sequence == last,
-                Some(code) => return Err(io::Error::from_raw_os_error(-code)),
-                None => return Err(io::ErrorKind::InvalidData.into()),
+                Some(code) => {
+                    failed.get_or_insert(io::Error::from_raw_os_error(-code));
+                }
+                None => {
+                    failed.get_or_insert(io::ErrorKind::InvalidData.into());
+                }
             }
         }
     }
-    if applied {
-        Ok(())
-    } else {
-        Err(io::Error::other("the kernel did not acknowledge the transaction"))
+    match failed {
+        Some(error) => Err(error),
+        None if applied => Ok(()),
+        None => Err(io::Error::other("the kernel did not acknowledge the transaction")),
     }
 }
 

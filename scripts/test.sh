@@ -107,7 +107,7 @@ tier_vm() {
   brought=$(mktemp -d)
   cp "$program" "$brought/vm"
   cp "${CARGO_TARGET_DIR:-target}"/lab/{dvpn-daemon,dvpn-pool,dvpn-lab} "$brought"
-  printf '#!/bin/sh\nexport DVPN_BIN_DIR=/brought RUST_BACKTRACE=0\nexec ./vm --test-threads 1 --show-output --color never\n' >"$brought/run"
+  printf '#!/bin/sh\nexport DVPN_BIN_DIR=/brought RUST_BACKTRACE=0 DVPN_LAB_SLOWNESS=6\nexec ./vm --test-threads 1 --show-output --color never\n' >"$brought/run"
   chmod +x "$brought/run"
   say "vm: this Debian's own kernel"
   scripts/vm.sh release "$brought" 2>&1 | tee "$log" || status=$?

@@ -22,6 +22,7 @@ use crate::{
     namespace::Namespace,
     network::{Machine, POOL, ROUTER, WEB, provider_address},
     node::{NODE_PORT, POOL_PORT},
+    process::slowness,
 };
 
 /// The interface by which the machines of the local network reach the internet.
@@ -74,11 +75,13 @@ impl LeakWatch {
             .name("flood".into())
             .spawn({
                 let (end, rounds) = (Arc::clone(&end), Arc::clone(&rounds));
+                // The one processor of an emulated machine has something else to do too.
+                let pause = if slowness() > 1 { PAUSE * 50 } else { PAUSE };
                 move || {
                     while !end.load(Ordering::Relaxed) {
                         senders.send();
                         rounds.fetch_add(1, Ordering::Relaxed);
-                        std::thread::sleep(PAUSE);
+                        std::thread::sleep(pause);
                     }
                 }
             })

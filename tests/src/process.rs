@@ -182,8 +182,17 @@ fn private_resolv_conf(file: &Path) -> Result<()> {
         .with_context(|| format!("binding {} over {}", file.display(), target.display()))
 }
 
-/// Tries until something comes, an error comes, or the patience is over.
+/// How many times the usual everything may take on this machine: `DVPN_LAB_SLOWNESS`, for one that is emulated.
+pub fn slowness() -> u32 {
+    std::env::var("DVPN_LAB_SLOWNESS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(1)
+}
+
+/// Tries until something comes, an error comes, or the patience is over, [`slowness`] times as long as is said.
 pub fn wait_for<T>(what: &str, patience: Duration, mut attempt: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let patience = patience * slowness();
     let deadline = Instant::now() + patience;
     loop {
         if let Some(value) = attempt()? {

@@ -9,6 +9,8 @@
 //! | [`approval`] | whether a tunnel may exist |
 //! | [`pool_key`] | whether a new key of the pool is believed |
 //! | [`node`] | whether a provider takes clients now |
+//! | [`grant`] | who gets how much of the line |
+//! | [`line`] | what the line carries: when it is measured, and what the samples say |
 //! | [`firewall`] | what may pass in which state |
 //! | [`dns`] | by which way programs are sent to the tunnel's name servers |
 //! | [`config`] | what the operator asked for |
@@ -25,7 +27,9 @@ pub mod config;
 pub mod directory;
 pub mod dns;
 pub mod firewall;
+pub mod grant;
 pub mod keys;
+pub mod line;
 pub mod node;
 pub mod payment;
 pub mod pool_key;

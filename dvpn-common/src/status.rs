@@ -186,6 +186,59 @@ pub struct NodeStatus {
     pub limit_bits_per_second: Option<u64>,
 }
 
+/// Where the figures of the line come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LineSource {
+    /// `BANDWIDTH_TOTAL_MBPS`.
+    Set,
+    /// A transfer from and to `BANDWIDTH_TEST_URL`.
+    Measured,
+    /// Nowhere: they are not known.
+    Unmeasured,
+}
+
+impl LineSource {
+    /// Every source.
+    pub const ALL: [Self; 3] = [Self::Set, Self::Measured, Self::Unmeasured];
+
+    /// The name as it stands in JSON, D-Bus and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Set => "set",
+            Self::Measured => "measured",
+            Self::Unmeasured => "unmeasured",
+        }
+    }
+}
+
+/// This machine's line, and what follows from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LineStatus {
+    /// Where the figures come from.
+    pub source: LineSource,
+    /// From the internet, layer 3.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub down_bits_per_second: Option<u64>,
+    /// To the internet, layer 3.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub up_bits_per_second: Option<u64>,
+    /// When it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured_at: Option<Timestamp>,
+    /// When it may be measured next, if the time alone decides that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_at: Option<Timestamp>,
+    /// How far a measurement under way is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measuring_percent: Option<u8>,
+    /// Why something is not known, and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Problem>,
+    /// All of it in one sentence, and whose grant it is.
+    pub summary: String,
+}
+
 /// The whole status.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -233,4 +286,7 @@ pub struct Status {
     /// This install as a provider, if its owner opted in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<NodeStatus>,
+    /// This machine's line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<LineStatus>,
 }

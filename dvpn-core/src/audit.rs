@@ -121,6 +121,20 @@ pub enum Event {
     FirewallRepaired,
     /// A start over SSH was not confirmed.
     StartTakenBack,
+    /// The line was measured.
+    LineMeasured {
+        /// From the internet, layer 3.
+        down_bits_per_second: u64,
+        /// To the internet, layer 3; nothing where the server takes no uploads.
+        up_bits_per_second: Option<u64>,
+        /// What it cost.
+        payload_bytes: u64,
+    },
+    /// The line, or a direction of it, is not known.
+    LineUnmeasured {
+        /// Why.
+        reason: String,
+    },
     /// A checkout was begun.
     CheckoutStarted,
     /// A payment token was stored.

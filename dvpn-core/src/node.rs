@@ -17,6 +17,8 @@ pub enum Reason {
     MonthlyCap,
     /// Outside `NODE_SCHEDULE`.
     Schedule,
+    /// Nobody knows what the line carries, so there is nothing to grant.
+    Unmeasured,
 }
 
 impl Reason {
@@ -26,6 +28,7 @@ impl Reason {
             Self::Drained => "drained by its owner",
             Self::MonthlyCap => "the month's volume (NODE_MONTHLY_CAP_GB) is used up",
             Self::Schedule => "outside its hours (NODE_SCHEDULE)",
+            Self::Unmeasured => "its line is unmeasured (BANDWIDTH_TOTAL_MBPS, BANDWIDTH_TEST_URL)",
         }
     }
 }
@@ -88,6 +91,8 @@ impl Default for Rules {
 pub struct Standing {
     /// The owner drained the node.
     pub drained: bool,
+    /// The line's rate is not known.
+    pub unmeasured: bool,
     /// Bytes carried for clients this month.
     pub month_bytes: u64,
     /// When the cap was first seen reached; nothing while it is not, or when nobody saw it.
@@ -109,6 +114,8 @@ pub fn admission(rules: &Rules, standing: &Standing, now: Timestamp) -> Admissio
         Admission::Draining(Reason::MonthlyCap)
     } else if closed_for.is_some() {
         Admission::Draining(Reason::Schedule)
+    } else if standing.unmeasured {
+        Admission::Draining(Reason::Unmeasured)
     } else if standing.drained {
         Admission::Draining(Reason::Drained)
     } else {
@@ -236,10 +243,13 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// Schedule | cap | drained | used | cap seen reached | now | admission. The day is 2026-11-22, or the next from +.
+    /// Schedule | cap | drained (line: or unmeasured) | used | cap seen reached | now | admission. The day is 2026-11-22, or the next from +.
     const TABLE: &str = "
                              |  0 | no  | 99 |          | 12:00:00  | open
                              |  0 | yes |  0 |          | 12:00:00  | draining: drained by its owner
+                             |  0 | line |  0 |         | 12:00:00  | draining: its line is unmeasured (BANDWIDTH_TOTAL_MBPS, BANDWIDTH_TEST_URL)
+                             |  0 | both |  0 |         | 12:00:00  | draining: its line is unmeasured (BANDWIDTH_TOTAL_MBPS, BANDWIDTH_TEST_URL)
+        22:00-06:00          |  0 | line |  0 |         | +06:05:00 | closed: outside its hours (NODE_SCHEDULE)
                              | 10 | no  |  9 |          | 12:00:00  | open
                              | 10 | no  | 10 | 12:00:00 | 12:00:00  | draining: the month's volume (NODE_MONTHLY_CAP_GB) is used up
                              | 10 | no  | 10 | 12:00:00 | 12:04:59  | draining: the month's volume (NODE_MONTHLY_CAP_GB) is used up
@@ -276,14 +286,15 @@ mod tests {
                 ..Rules::default()
             };
             let standing = Standing {
-                drained: drained == "yes",
+                drained: matches!(drained, "yes" | "both"),
+                unmeasured: matches!(drained, "line" | "both"),
                 month_bytes: used.parse().unwrap(),
                 cap_reached: (!seen.is_empty()).then(|| time(seen)),
             };
             assert_eq!(admission(&rules, &standing, time(now)).to_string(), wanted, "{line}");
             rows += 1;
         }
-        assert_eq!(rows, 19);
+        assert_eq!(rows, 22);
     }
 
     #[test]

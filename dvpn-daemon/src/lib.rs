@@ -11,6 +11,7 @@
 //! | [`socks5`], [`resolve`] | the proxy and its names, through the tunnel or not at all |
 //! | [`provider`] | the provider side: registration, peers, NAT, echo |
 //! | [`ebpf`] | tc programs: load, attach, pin, read |
+//! | [`line`] | measures the machine's line |
 //! | [`control`] | D-Bus, /health, /metrics |
 //! | [`settings`], [`state`] | what the operator said, what was stored |
 //! | [`audit`], [`logs`] | the audit stream, the log and its tail |
@@ -24,6 +25,7 @@ pub mod ebpf;
 pub mod fallback;
 pub mod host;
 pub mod http;
+pub mod line;
 pub mod logs;
 pub mod node;
 pub mod probe;

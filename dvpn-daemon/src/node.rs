@@ -14,6 +14,7 @@ use dvpn_common::{
 use dvpn_core::{
     config::Config,
     keys::public_key,
+    line::Known,
     node::{Month, Usage},
 };
 use jiff::Timestamp;
@@ -86,7 +87,7 @@ impl Node {
         host: &Host,
         client: &http::Client,
         audit: &Audit,
-        drained: watch::Receiver<bool>,
+        (drained, line): (watch::Receiver<bool>, watch::Receiver<Known>),
         device: TunnelFactory,
     ) -> Result<Self, Error> {
         if !config.node.accept_terms {
@@ -123,6 +124,7 @@ impl Node {
             audit: audit.clone(),
             status,
             drained,
+            line,
             device,
         };
         let end = CancellationToken::new();
@@ -162,6 +164,7 @@ struct Plan {
     audit: Audit,
     status: watch::Sender<ProviderStatus>,
     drained: watch::Receiver<bool>,
+    line: watch::Receiver<Known>,
     device: TunnelFactory,
 }
 
@@ -239,6 +242,7 @@ impl Plan {
             rules: node.rules.clone(),
             limit_bits_per_second: node.limit_bits_per_second,
             drained: self.drained.clone(),
+            line: self.line.clone(),
             http: self.http.clone(),
             host: self.host.clone(),
             tunnel: Arc::clone(&self.device),

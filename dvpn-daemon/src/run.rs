@@ -12,11 +12,12 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow};
-use dvpn_common::status::{NodeStatus, Problem};
+use dvpn_common::status::{NodeStatus, Problem, Status};
 use dvpn_core::{
     audit::Event,
     config::{Config, Mode},
     firewall::{Exemptions, Policy},
+    line::Known,
     session::Restored,
 };
 use jiff::Timestamp;
@@ -39,6 +40,7 @@ use crate::{
     ebpf,
     host::{self, DeviceConfig, Host, dns::Dns},
     http::{self, Payment, Pool},
+    line,
     logs::{self, Tail},
     node::{self, Node},
     provider::{ProviderStatus, TunnelFactory},
@@ -244,6 +246,8 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         side.clone(),
         own_uid,
     );
+    let lines = line::Views::new(&config);
+    let control = control.with_line(lines.status());
     let counters = Arc::new(Mutex::new(None));
 
     // Everything that others reach stands before anybody is told that it does.
@@ -256,15 +260,12 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         page_listener,
         config.control.token.clone(),
         views.status(),
-        side.status,
+        side.status.clone(),
+        lines.status(),
         metrics.clone(),
         refresh,
     ));
-    let proxy_end = CancellationToken::new();
-    let login = config.socks5.login.as_ref();
-    let login = login.map(|(user, password)| socks5::Credentials::new(user, password.expose()));
-    let proxy = socks5::serve(proxy_listener, login, views.path(), proxy_metrics, proxy_end.clone());
-    tokio::spawn(proxy);
+    let proxy_end = serve_proxy(&config, proxy_listener, views.path(), proxy_metrics);
     let bus = join_bus(control).await;
     notify("READY=1\nSTATUS=running");
 
@@ -278,10 +279,15 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         &host,
         &client,
         &audit,
-        (side.drain.subscribe(), device),
+        (side.drain.subscribe(), lines.known(), device),
         (node_view, &provider_seen),
     )
     .await;
+    let sides = (views.status(), side.status);
+    tokio::spawn(line::run(
+        line_parts(&config, &client, &host, &state, &audit, sides),
+        lines,
+    ));
     let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
     let restored = restore(&state, &config).await;
     put_back_names(&dns, &restored, config.tunnel.mode).await;
@@ -308,6 +314,40 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     }
     leave(bus).await;
     Ok(ended)
+}
+
+/// Serves the proxy until the token is cancelled.
+fn serve_proxy(
+    config: &Config,
+    listener: TcpListener,
+    path: socks5::TunnelWatch,
+    metrics: Arc<socks5::Metrics>,
+) -> CancellationToken {
+    let end = CancellationToken::new();
+    let login = config.socks5.login.as_ref();
+    let login = login.map(|(user, password)| socks5::Credentials::new(user, password.expose()));
+    tokio::spawn(socks5::serve(listener, login, path, metrics, end.clone()));
+    end
+}
+
+/// What measuring the line needs.
+fn line_parts(
+    config: &Arc<Config>,
+    client: &http::Client,
+    host: &Arc<Host>,
+    state: &State,
+    audit: &Audit,
+    (status, node): (watch::Receiver<Status>, watch::Receiver<Option<NodeStatus>>),
+) -> line::Parts {
+    line::Parts {
+        config: Arc::clone(config),
+        client: client.clone(),
+        host: Arc::clone(host),
+        state: state.clone(),
+        audit: audit.clone(),
+        status,
+        node,
+    }
 }
 
 /// Prepares device mode, if it is configured: how connections of our own go beside the tunnel.
@@ -389,7 +429,7 @@ async fn start_node(
     host: &Host,
     client: &http::Client,
     audit: &Audit,
-    (drained, device): (watch::Receiver<bool>, TunnelFactory),
+    (drained, line, device): (watch::Receiver<bool>, watch::Receiver<Known>, TunnelFactory),
     (view, seen): (
         watch::Sender<Option<NodeStatus>>,
         &OnceLock<watch::Receiver<ProviderStatus>>,
@@ -408,7 +448,7 @@ async fn start_node(
     if !config.node.register {
         return None;
     }
-    match Node::start(config, state, host, client, audit, drained, device).await {
+    match Node::start(config, state, host, client, audit, (drained, line), device).await {
         Ok(node) => {
             // Set once: there is one node in a daemon's life.
             drop(seen.set(node.status.clone()));

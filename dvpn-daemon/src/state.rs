@@ -20,7 +20,9 @@ use dvpn_common::{
     ids::{ProviderId, UserId},
     keys::{PrivateKey, VerifyingKey},
 };
-use dvpn_core::{config::Secret, directory::trust::PoolRecord, node::Usage, payment::Subscription, seal};
+use dvpn_core::{
+    config::Secret, directory::trust::PoolRecord, line::book::Book, node::Usage, payment::Subscription, seal,
+};
 use zeroize::Zeroizing;
 
 pub use self::lock::Lock;
@@ -40,6 +42,7 @@ const SERIALS: &str = "serials";
 const USAGE: &str = "node-usage";
 const CHECKOUT: &str = "checkout";
 const NAMES: &str = "names";
+const LINES: &str = "lines";
 const SEALING_KEY: &str = "sealing.key";
 
 /// Why something was not stored or not read.
@@ -283,6 +286,17 @@ impl State {
             text.push('\n');
         }
         self.inner.files.write(NAMES, text.as_bytes())
+    }
+
+    /// What was measured of the lines that this machine was on.
+    pub fn lines(&self) -> Result<Book, Error> {
+        let record = self.inner.files.read(LINES)?.unwrap_or_default();
+        Book::decode(&record).ok().ok_or_else(|| self.damaged(LINES))
+    }
+
+    /// Remembers it.
+    pub fn store_lines(&self, book: &Book) -> Result<(), Error> {
+        self.inner.files.write(LINES, book.encode().as_bytes())
     }
 
     /// Remembers the endpoint used.

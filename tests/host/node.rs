@@ -8,8 +8,12 @@ use std::{
 use dvpn_common::{
     contract::PeerEntry,
     keys::{PrivateKey, PublicKey, VerifyingKey},
+    rate::Rate,
 };
-use dvpn_core::node::{Rules, Usage};
+use dvpn_core::{
+    line::Known,
+    node::{Rules, Usage},
+};
 use dvpn_daemon::{
     host::Host,
     provider::{self, Change, Event, Memory, ProviderConfig, ProviderStatus, Serials},
@@ -78,6 +82,7 @@ pub(crate) struct Bed {
     pub(crate) kept: Arc<Kept>,
     pub(crate) audit: Arc<Mutex<Vec<Event>>>,
     pub(crate) rules: Rules,
+    pub(crate) line: watch::Sender<Known>,
 }
 
 impl Bed {
@@ -95,12 +100,14 @@ impl Bed {
             kept: Arc::default(),
             audit: Arc::default(),
             rules: Rules::default(),
+            line: watch::Sender::new(Known::Set(Rate::from_bits_per_second(1_000_000_000))),
         }
     }
 
     pub(crate) fn start(&self) -> Running {
         let (status, status_seen) = watch::channel(ProviderStatus::default());
         let (drain, drained) = watch::channel(false);
+        let line = self.line.subscribe();
         let (ended, ended_seen) = watch::channel(false);
         let end = CancellationToken::new();
         let (kept, audit, rules, url) = (
@@ -131,6 +138,7 @@ impl Bed {
                 max_peers: 4096,
                 rules,
                 limit_bits_per_second: None,
+                line,
                 drained,
                 http: reqwest::Client::new(),
                 host: Host::open().unwrap(),

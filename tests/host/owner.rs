@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use dvpn_core::node::Rules;
+use dvpn_core::{line::Known, node::Rules};
 use dvpn_daemon::provider::Event;
 use dvpn_tests::hours;
 
@@ -120,5 +120,34 @@ fn a_running_node_whose_month_is_used_up_ends_its_clients_after_a_while_and_a_hi
     assert!(running.status.borrow().month_bytes >= usage.bytes, "the month goes on");
     eventually("it is a peer again", || bed.shakes(&client, Duration::from_secs(1)));
     eventually("it carries again", || bed.pings("wg0", "10.96.0.2"));
+    running.stop();
+}
+
+#[test]
+fn a_running_node_whose_line_is_unmeasured_takes_nobody_and_keeps_who_is_there() {
+    let bed = Bed::new(NETWORK);
+    let known = bed.line.send_replace(Known::Nothing);
+    let running = bed.start();
+    wait_for_admission(&running, "draining: its line is unmeasured", SOON);
+    wait_until_told(&bed, true);
+    let first = || entry(&approval(key(100), key(1), "10.96.0.2/32", 1));
+    let reason = "this node takes no new clients: its line is unmeasured (BANDWIDTH_TOTAL_MBPS, BANDWIDTH_TEST_URL)";
+    assert_eq!(bed.add(first()).as_deref(), Some(reason));
+
+    // It was measured.
+    bed.line.send_replace(known);
+    wait_for_admission(&running, "open", SOON);
+    wait_until_told(&bed, false);
+    assert_eq!(bed.add(first()), None);
+    let client = bed.client(1, "wg0");
+    assert!(bed.shakes(&client, SOON));
+    eventually("it carries", || bed.pings("wg0", "10.96.0.2"));
+
+    // The machine is on another network now.
+    bed.line.send_replace(Known::Nothing);
+    wait_for_admission(&running, "draining: its line is unmeasured", SOON);
+    let refused = bed.add(entry(&approval(key(100), key(2), "10.96.0.3/32", 2)));
+    assert_eq!(refused.as_deref(), Some(reason));
+    assert!(bed.pings("wg0", "10.96.0.2"), "who is there stays");
     running.stop();
 }

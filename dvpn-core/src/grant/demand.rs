@@ -129,7 +129,7 @@ mod tests {
 
     /// A demand that was `wanted`, after one look 125 ms later; `bits` passed per second.
     fn after(wanted: u64, enforced: u64, bits: u64, drops: u64, wait: Duration) -> u64 {
-        let start = Instant::now();
+        let start = super::super::beginning();
         let mut demand = Demand { wanted, last: None };
         demand.observe(start, Counters::default(), enforced, GRANT, GRANT / 32);
         let bytes = bits / 8 / 8;
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn counters_that_begin_anew_and_looks_too_close_say_nothing() {
-        let start = Instant::now();
+        let start = super::super::beginning();
         let at = |ms| start + Duration::from_millis(ms);
         let mut demand = Demand::default();
         let some = Counters {

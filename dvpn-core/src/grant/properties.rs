@@ -78,7 +78,7 @@ impl Constant {
             counters: vec![Counters::default(); offered.len()],
             allocator,
             offered,
-            now: Instant::now(),
+            now: super::beginning(),
         }
     }
 
@@ -121,7 +121,7 @@ proptest! {
     #[test]
     fn never_above_a_grant_nor_above_the_line_at_any_moment(ops in proptest::collection::vec(op(), 1..60)) {
         let mut allocator = Allocator::new(budget(100_000_000, None));
-        let mut now = Instant::now();
+        let mut now = super::beginning();
         for op in ops {
             match op {
                 Op::Connect { key, approved } => allocator.connect(key, approved.map(Rate::from_bits_per_second)),

@@ -150,7 +150,7 @@ impl World {
             total: f64::from(megabits) * 1e6,
             allocator,
             connections,
-            start: Instant::now(),
+            start: super::beginning(),
             at: Duration::ZERO,
             next_look: Duration::ZERO,
             busiest: 0.0,

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use dvpn_common::{
     dbus::{NAME, PATH},
-    status::Status,
+    status::{LineStatus, Status},
 };
 use tokio::sync::watch;
 use zbus::{
@@ -19,7 +19,7 @@ use zbus::{
     zvariant::{OwnedValue, Value},
 };
 
-use super::{Caller, Control, Error, origin};
+use super::{Caller, Control, Error, line_word, origin};
 
 impl From<Error> for fdo::Error {
     fn from(error: Error) -> Self {
@@ -175,6 +175,12 @@ impl Daemon {
         self.control.status.borrow().since.as_second()
     }
 
+    /// Where the line's rates come from, or how far their measurement is: `set`, `measured`, `unmeasured`, `measuring 40 %`.
+    #[zbus(property)]
+    fn line(&self) -> String {
+        self.control.line_word()
+    }
+
     /// Whether a restart goes on with a session.
     #[zbus(property)]
     fn autostart(&self) -> bool {
@@ -185,7 +191,7 @@ impl Daemon {
 /// Serves the object, takes the name, and announces changes until the connection ends. Returns the connection; dropping
 /// it gives the name back.
 pub async fn serve(control: Control) -> zbus::Result<Connection> {
-    let status = control.status();
+    let (status, line) = (control.status(), control.line.clone());
     let connection = connection::Builder::system()?
         .serve_at(PATH, Daemon { control })?
         .build()
@@ -194,11 +200,31 @@ pub async fn serve(control: Control) -> zbus::Result<Connection> {
         .request_name_with_flags(NAME, RequestNameFlags::DoNotQueue.into())
         .await?;
     let interface = connection.object_server().interface::<_, Daemon>(PATH).await?;
+    if let Some(line) = line {
+        tokio::spawn(announce_line(interface.clone(), line));
+    }
     tokio::spawn(announce(interface, status));
     Ok(connection)
 }
 
-/// The one place that emits `PropertiesChanged`.
+/// The same for the line.
+async fn announce_line(interface: InterfaceRef<Daemon>, mut line: watch::Receiver<LineStatus>) {
+    let mut last = line_word(&line.borrow_and_update());
+    while line.changed().await.is_ok() {
+        let now = line_word(&line.borrow_and_update());
+        if now == last {
+            continue;
+        }
+        last = now;
+        let sent = interface.get().await.line_changed(interface.signal_emitter()).await;
+        if let Err(error) = sent {
+            tracing::warn!("announcing a change on the bus: {error}");
+            return;
+        }
+    }
+}
+
+/// Emits `PropertiesChanged` for the session.
 async fn announce(interface: InterfaceRef<Daemon>, mut status: watch::Receiver<Status>) {
     let mut last = status.borrow_and_update().clone();
     while status.changed().await.is_ok() {

@@ -14,7 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::get,
 };
-use dvpn_common::status::{NodeStatus, StateName, Status};
+use dvpn_common::status::{LineStatus, NodeStatus, StateName, Status};
 use dvpn_core::config::Secret;
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -41,6 +41,7 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_mins(1);
 struct Pages {
     status: watch::Receiver<Status>,
     node: watch::Receiver<Option<NodeStatus>>,
+    line: watch::Receiver<LineStatus>,
     metrics: Metrics,
     refresh: Arc<dyn Fn() + Send + Sync>,
     guard: Arc<Guard>,
@@ -97,6 +98,7 @@ pub async fn serve(
     token: Option<Secret>,
     status: watch::Receiver<Status>,
     node: watch::Receiver<Option<NodeStatus>>,
+    line: watch::Receiver<LineStatus>,
     metrics: Metrics,
     refresh: Arc<dyn Fn() + Send + Sync>,
 ) {
@@ -104,6 +106,7 @@ pub async fn serve(
     let pages = Pages {
         status,
         node,
+        line,
         metrics,
         refresh,
         guard: Arc::new(Guard { loopback, token }),
@@ -160,6 +163,7 @@ async fn admit(State(pages): State<Pages>, request: Request, next: Next) -> Resp
 async fn health(State(pages): State<Pages>) -> Response {
     let mut status = pages.status.borrow().clone();
     status.node.clone_from(&pages.node.borrow());
+    status.line = Some(pages.line.borrow().clone());
     let code = if is_healthy(&status) {
         StatusCode::OK
     } else {
@@ -171,6 +175,7 @@ async fn health(State(pages): State<Pages>) -> Response {
 async fn metrics_page(State(pages): State<Pages>) -> Response {
     (pages.refresh)();
     pages.metrics.observe(&pages.status.borrow());
+    pages.metrics.show_line(&pages.line.borrow());
     match pages.metrics.encode() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
         Err(error) => (

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use dvpn_common::status::{StateName, Status};
+use dvpn_common::status::{LineSource, LineStatus, StateName, Status};
 use dvpn_core::session::Traffic;
 use prometheus::{Encoder as _, GaugeVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
@@ -27,6 +27,8 @@ struct Inner {
     client_packets: IntGaugeVec,
     client_bytes: IntGaugeVec,
     proxy: IntGaugeVec,
+    line: IntGaugeVec,
+    line_source: IntGaugeVec,
 }
 
 impl Metrics {
@@ -93,6 +95,16 @@ impl Metrics {
                 "dvpn_socks5",
                 "What the proxy counts; all but active only grow",
                 &["what"],
+            )?,
+            line: gauges(
+                "dvpn_line_bits_per_second",
+                "What this machine's line carries, layer 3; absent where it is not known",
+                &["direction"],
+            )?,
+            line_source: gauges(
+                "dvpn_line_source",
+                "1 for where these rates come from: set, measured, unmeasured",
+                &["source"],
             )?,
             registry,
         };
@@ -170,6 +182,21 @@ impl Metrics {
                     .with_label_values(&labels)
                     .set(number(counter.bytes));
             }
+        }
+    }
+
+    /// Shows what is known of the line.
+    pub fn show_line(&self, line: &LineStatus) {
+        self.0.line.reset();
+        for (direction, bits) in [("down", line.down_bits_per_second), ("up", line.up_bits_per_second)] {
+            if let Some(bits) = bits {
+                let bits = i64::try_from(bits).unwrap_or(i64::MAX);
+                self.0.line.with_label_values(&[direction]).set(bits);
+            }
+        }
+        for source in LineSource::ALL {
+            let gauge = self.0.line_source.with_label_values(&[source.as_str()]);
+            gauge.set(i64::from(source == line.source));
         }
     }
 

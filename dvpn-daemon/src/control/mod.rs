@@ -10,7 +10,7 @@ pub mod metrics;
 mod origin;
 pub mod payments;
 
-use dvpn_common::status::{NodeStatus, Status};
+use dvpn_common::status::{LineSource, LineStatus, NodeStatus, Status};
 use dvpn_core::{audit::Event, session::Choice};
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -77,6 +77,7 @@ pub struct Control {
     denials: Denials,
     payments: Payments,
     provider: Provider,
+    line: Option<watch::Receiver<LineStatus>>,
     own_uid: u32,
 }
 
@@ -117,7 +118,17 @@ impl Control {
             audit,
             payments,
             provider,
+            line: None,
             own_uid,
+        }
+    }
+
+    /// Shows the line too.
+    #[must_use]
+    pub fn with_line(self, line: watch::Receiver<LineStatus>) -> Self {
+        Self {
+            line: Some(line),
+            ..self
         }
     }
 
@@ -181,7 +192,13 @@ impl Control {
         self.authorize(caller, "status")?;
         let mut status = self.status.borrow().clone();
         status.node.clone_from(&self.provider.status.borrow());
+        status.line = self.line.as_ref().map(|line| line.borrow().clone());
         serde_json::to_string(&status).map_err(|error| Error::Argument(error.to_string()))
+    }
+
+    fn line_word(&self) -> String {
+        let word = self.line.as_ref().map(|line| line_word(&line.borrow()));
+        word.unwrap_or_else(|| LineSource::Unmeasured.as_str().to_owned())
     }
 
     fn authorize(&self, caller: Caller, command: &str) -> Result<(), Error> {
@@ -205,5 +222,13 @@ impl Control {
         let (done, wait) = oneshot::channel();
         self.commands.send(command(done)).await.ok().ok_or(Error::Ending)?;
         wait.await.ok().ok_or(Error::Ending)
+    }
+}
+
+/// The line in a word that may be broadcast: no figures.
+fn line_word(line: &LineStatus) -> String {
+    match line.measuring_percent {
+        Some(percent) => format!("measuring {percent} %"),
+        None => line.source.as_str().to_owned(),
     }
 }

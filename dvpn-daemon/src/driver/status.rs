@@ -25,6 +25,7 @@ pub(super) fn starting(config: &Config) -> Status {
         static_key: config.tunnel.private_key.is_some(),
         confirm_by: None,
         node: None,
+        line: None,
     }
 }
 

@@ -12,6 +12,8 @@ mod client;
 mod client_policy;
 pub mod dns;
 mod forwarding;
+mod here;
+mod metered;
 mod neighbours;
 mod netlink;
 mod nft;
@@ -32,6 +34,7 @@ pub use client::{ClientNetwork, DeviceConfig};
 pub use client_policy::{
     BLOCKED_IN, BLOCKED_OUT, DESTINATION_ELSEWHERE, FOREIGN_SOURCE, SOURCE_ELSEWHERE, UNSOLICITED,
 };
+pub use metered::is_metered;
 pub use nft::read::CounterValue;
 pub use provider::ProviderNetwork;
 pub use provider_meter::{CONNECTION_BURST, CONNECTIONS_PER_SECOND, Carried, MAX_CONNECTIONS};

@@ -259,7 +259,7 @@ fn place_of(route: &RouteMessage) -> Option<(IpNetwork, Option<u32>)> {
 
 /// All that the kernel has of something. It cannot tell in one piece what somebody changes meanwhile: then it is asked
 /// again.
-async fn read<T, S>(what: &'static str, ask: impl Fn() -> S) -> Result<Vec<T>, Error>
+pub(super) async fn read<T, S>(what: &'static str, ask: impl Fn() -> S) -> Result<Vec<T>, Error>
 where
     S: TryStream<Ok = T, Error = rtnetlink::Error>,
 {

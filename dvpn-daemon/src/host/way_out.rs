@@ -97,7 +97,7 @@ impl Host {
     }
 }
 
-fn leads_out(route: &RouteMessage) -> bool {
+pub(super) fn leads_out(route: &RouteMessage) -> bool {
     let foreign = table_of(route) != ROUTING_TABLE && route.header.protocol != RouteProtocol::Other(PROTOCOL);
     let far = route.header.destination_prefix_length <= 1
         || route.attributes.iter().any(|attribute| {
@@ -109,7 +109,7 @@ fn leads_out(route: &RouteMessage) -> bool {
     foreign && far && route.header.kind == RouteType::Unicast && table_of(route) != LOCAL_TABLE
 }
 
-fn interfaces_of(route: &RouteMessage) -> Vec<u32> {
+pub(super) fn interfaces_of(route: &RouteMessage) -> Vec<u32> {
     let several = route.attributes.iter().find_map(|attribute| {
         if let RouteAttribute::MultiPath(hops) = attribute {
             Some(hops.iter().map(|hop| hop.interface_index).collect())

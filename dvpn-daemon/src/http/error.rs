@@ -202,6 +202,12 @@ pub enum Error {
         /// The limit in bytes.
         limit: usize,
     },
+    /// Compressed bytes say nothing of the line.
+    #[error("{target} sends compressed bytes, which say nothing of the line: give BANDWIDTH_TEST_URL another server")]
+    Compressed {
+        /// Who.
+        target: Target,
+    },
     /// An answer that says no.
     #[error("{target} answered {status}{}: {}", quoted(said.as_deref()), status_advice(*status))]
     Status {
@@ -288,6 +294,7 @@ impl Error {
             | Self::Broken { .. }
             | Self::Redirect { .. }
             | Self::TooLarge { .. }
+            | Self::Compressed { .. }
             | Self::Status { .. } => Retry::Backoff,
         }
     }

@@ -7,6 +7,7 @@
 mod error;
 mod payment;
 mod pool;
+mod speed;
 mod tls;
 
 use std::{
@@ -26,6 +27,7 @@ use reqwest::{
     header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue},
     redirect,
 };
+pub use speed::{SPEED_CONNECTIONS, Speed};
 use tokio::sync::OnceCell;
 use url::Url;
 use zeroize::Zeroizing;
@@ -63,11 +65,17 @@ pub fn client(options: &Options) -> Result<reqwest::Client, Error> {
 fn build(options: &Options, through: Option<&Path>) -> Result<reqwest::Client, Error> {
     let mut headers = HeaderMap::new();
     headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+    let builder = builder(options, through)?.default_headers(headers).gzip(true);
+    builder.build().map_err(|source| Error::Build { source })
+}
+
+/// What every client here has in common.
+fn builder(options: &Options, through: Option<&Path>) -> Result<reqwest::ClientBuilder, Error> {
     let mut builder = reqwest::Client::builder();
     if let Some(socket) = through {
         builder = builder.unix_socket(socket);
     }
-    builder
+    Ok(builder
         .tls_backend_preconfigured(tls::config(options)?)
         .https_only(true)
         .http1_only()
@@ -76,15 +84,11 @@ fn build(options: &Options, through: Option<&Path>) -> Result<reqwest::Client, E
         .no_proxy()
         .referer(false)
         .user_agent(USER_AGENT)
-        .default_headers(headers)
-        .gzip(true)
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(LIST_TIMEOUT)
         .tcp_nodelay(true)
         .pool_max_idle_per_host(2)
-        .pool_idle_timeout(IDLE_TIMEOUT)
-        .build()
-        .map_err(|source| Error::Build { source })
+        .pool_idle_timeout(IDLE_TIMEOUT))
 }
 
 /// A client that is built at its first request, off the start path. Clones share it and its connections.
@@ -132,15 +136,10 @@ impl Client {
             direct,
             relayed,
         } = &*self.0;
-        let Some(plane) = &options.control_plane else {
+        let Some(relay) = self.relay(url).await? else {
             let client = direct.get_or_try_init(|| build_elsewhere(options, None)).await?.clone();
             return Ok(Sender { client, relay: None });
         };
-        let unreachable = |source| Error::NoWay {
-            target: Target::of(url),
-            source: Box::new(source),
-        };
-        let relay = plane.relay(url).await.map_err(unreachable)?;
         let mut relayed = relayed.lock().await;
         let client = if let Some(client) = relayed.get(relay.path()) {
             client.clone()
@@ -152,6 +151,18 @@ impl Client {
         Ok(Sender {
             client,
             relay: Some(relay),
+        })
+    }
+
+    /// The way to this host in device mode; otherwise connections find their own.
+    async fn relay(&self, url: &Url) -> Result<Option<Relay>, Error> {
+        let Some(plane) = &self.0.options.control_plane else {
+            return Ok(None);
+        };
+        let relay = plane.relay(url).await;
+        relay.map(Some).map_err(|source| Error::NoWay {
+            target: Target::of(url),
+            source: Box::new(source),
         })
     }
 

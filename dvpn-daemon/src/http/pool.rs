@@ -101,7 +101,7 @@ pub(crate) async fn challenge(client: &Client, base: &Url, path: &str) -> Result
 }
 
 /// Passes a 2xx on; makes anything else an error with the server's own words.
-async fn success(response: Response) -> Result<Response, Error> {
+pub(super) async fn success(response: Response) -> Result<Response, Error> {
     let status = response.status();
     if status.is_success() {
         return Ok(response);

@@ -29,7 +29,10 @@ use dvpn_common::{
     ids::{ProviderId, Region},
     keys::{PrivateKey, PublicKey, VerifyingKey},
 };
-use dvpn_core::node::{Rules, Usage};
+use dvpn_core::{
+    line::Known,
+    node::{Rules, Usage},
+};
 use futures::future::BoxFuture;
 use reqwest::Url;
 use tokio::sync::watch;
@@ -92,6 +95,8 @@ pub struct ProviderConfig {
     pub rules: Rules,
     /// `NODE_LIMIT_MBPS` in bits per second.
     pub limit_bits_per_second: Option<u64>,
+    /// What this machine's line carries; without it there is nothing to grant, and no clients are taken.
+    pub line: watch::Receiver<Known>,
     /// The owner's hand: true takes no new clients.
     pub drained: watch::Receiver<bool>,
     /// A client with connect and total time limits, no redirects, our roots.

@@ -15,6 +15,7 @@ use dvpn_common::{
 };
 use dvpn_core::{
     Now,
+    line::Known,
     node::{Admission, Month, Standing, Usage, admission},
 };
 use futures::StreamExt as _;
@@ -123,6 +124,7 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
         pool_key: &mut pool_key_seen,
         told: &mut told_seen,
         drained: config.drained.clone(),
+        line: config.line.clone(),
     };
     let ended = node.serve(channels, &shutdown, || echo_stats.answered()).await;
     drop((stream_task, registration_task, ack_task, echo_task));
@@ -137,6 +139,7 @@ struct Channels<'a> {
     pool_key: &'a mut watch::Receiver<Option<VerifyingKey>>,
     told: &'a mut watch::Receiver<Told>,
     drained: watch::Receiver<bool>,
+    line: watch::Receiver<Known>,
 }
 
 struct Node<'a> {
@@ -203,6 +206,7 @@ impl<'a> Node<'a> {
             pool_key,
             told,
             mut drained,
+            mut line,
         } = channels;
         let mut changes = self.config.host.network_changes().await.map_err(Error::Host)?;
         let left = self.config.host.provider_carried().map_err(Error::Host)?;
@@ -238,6 +242,10 @@ impl<'a> Node<'a> {
                 () = tokio::time::sleep(look_again.unwrap_or_default()), if look_again.is_some() => self.look().await?,
                 () = tokio::time::sleep(until_expiry) => self.reconcile().await?,
                 () = tokio::time::sleep(until_report.unwrap_or(TICK)), if until_report.is_some() => self.report(echoes())?,
+                Ok(()) = line.changed() => {
+                    self.decide(Timestamp::now());
+                    self.reconcile().await?;
+                }
                 Ok(()) = drained.changed() => {
                     self.decide(Timestamp::now());
                     self.reconcile().await?;
@@ -280,6 +288,7 @@ impl<'a> Node<'a> {
         }
         let standing = Standing {
             drained: *self.config.drained.borrow(),
+            unmeasured: self.config.line.borrow().forwarded().is_none(),
             month_bytes: self.usage.bytes,
             cap_reached: self.cap_reached,
         };

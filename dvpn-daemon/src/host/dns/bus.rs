@@ -18,14 +18,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// An object of a service.
 #[derive(Clone, Copy)]
-pub(super) struct Object<'a> {
-    pub(super) service: &'static str,
-    pub(super) path: &'a str,
-    pub(super) interface: &'static str,
+pub(in crate::host) struct Object<'a> {
+    pub(in crate::host) service: &'static str,
+    pub(in crate::host) path: &'a str,
+    pub(in crate::host) interface: &'static str,
 }
 
 /// Connects; the address is that of `DBUS_SYSTEM_BUS_ADDRESS`, or the usual one.
-pub(super) async fn connect() -> Result<Connection, Error> {
+pub(in crate::host) async fn connect() -> Result<Connection, Error> {
     match timeout(PATIENCE, Connection::system()).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(source)) => Err(Error::Bus(Box::new(source))),
@@ -37,7 +37,7 @@ pub(super) async fn connect() -> Result<Connection, Error> {
 }
 
 /// Whether a service runs now. It is not started.
-pub(super) async fn runs(bus: &Connection, service: &'static str) -> bool {
+pub(in crate::host) async fn runs(bus: &Connection, service: &'static str) -> bool {
     let ask = async {
         let name = BusName::try_from(service)?;
         Ok::<_, zbus::Error>(DBusProxy::new(bus).await?.name_has_owner(name).await?)
@@ -54,7 +54,7 @@ pub(super) async fn runs(bus: &Connection, service: &'static str) -> bool {
 
 impl Object<'_> {
     /// Calls a method.
-    pub(super) async fn call<B, R>(&self, bus: &Connection, method: &str, body: &B) -> Result<R, Error>
+    pub(in crate::host) async fn call<B, R>(&self, bus: &Connection, method: &str, body: &B) -> Result<R, Error>
     where
         B: Serialize + DynamicType + Sync,
         R: for<'d> DynamicDeserialize<'d>,
@@ -69,7 +69,7 @@ impl Object<'_> {
     }
 
     /// Reads a property.
-    pub(super) async fn property<T>(&self, bus: &Connection, name: &str) -> Result<T, Error>
+    pub(in crate::host) async fn property<T>(&self, bus: &Connection, name: &str) -> Result<T, Error>
     where
         T: TryFrom<OwnedValue>,
         T::Error: Debug + Into<zbus::Error>,
@@ -87,7 +87,12 @@ impl Object<'_> {
     }
 
     /// Sets a property.
-    pub(super) async fn set_property(&self, bus: &Connection, name: &str, value: Value<'_>) -> Result<(), Error> {
+    pub(in crate::host) async fn set_property(
+        &self,
+        bus: &Connection,
+        name: &str,
+        value: Value<'_>,
+    ) -> Result<(), Error> {
         let properties = Object {
             interface: "org.freedesktop.DBus.Properties",
             ..*self

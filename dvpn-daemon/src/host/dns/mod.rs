@@ -5,7 +5,7 @@
 //! else writes meanwhile is never lost: it becomes what is put back. The guarantee that nothing is asked outside the
 //! tunnel is the firewall's, not this module's.
 
-mod bus;
+pub(in crate::host) mod bus;
 mod changes;
 mod error;
 mod file;

@@ -1,0 +1,83 @@
+//! What can go wrong with measuring a line.
+
+use dvpn_core::{Failure, Retry, line::samples::TooLittle};
+
+use crate::http::{self, Target};
+
+/// Why a transfer says nothing of the line.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The exchange failed.
+    #[error(transparent)]
+    Http(#[from] http::Error),
+    /// A file too short to measure with.
+    #[error(
+        "the file at {target} ends after {bytes} bytes, too early to measure with: give BANDWIDTH_TEST_URL one of 25 MB"
+    )]
+    TooShort {
+        /// Whose.
+        target: Target,
+        /// What it had.
+        bytes: u64,
+    },
+    /// Hardly anything came.
+    #[error("measuring with {target}: {source}: see whether the network works")]
+    TooLittle {
+        /// With whom.
+        target: Target,
+        /// How little.
+        #[source]
+        source: TooLittle,
+    },
+    /// An answer to what was not sent yet.
+    #[error(
+        "{target} answers an upload before it has it, which measures nothing: give BANDWIDTH_TEST_URL another server"
+    )]
+    Early {
+        /// Who.
+        target: Target,
+    },
+    /// It says that it got something else than it was sent.
+    #[error("{target} miscounts what it is sent: give BANDWIDTH_TEST_URL another server")]
+    Disagrees {
+        /// Who.
+        target: Target,
+    },
+    /// No random bytes.
+    #[error("the operating system gives no random numbers")]
+    Random,
+}
+
+impl Error {
+    /// Whether the other connections can not make up for it.
+    pub(super) fn is_final(&self) -> bool {
+        match self {
+            Self::Http(http::Error::Status { status, .. }) => {
+                status.is_client_error() && !matches!(status.as_u16(), 408 | 429)
+            }
+            Self::Http(_) | Self::TooLittle { .. } => false,
+            Self::TooShort { .. } | Self::Early { .. } | Self::Disagrees { .. } | Self::Random => true,
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Http(error) => error.into(),
+            Error::TooShort { .. }
+            | Error::TooLittle { .. }
+            | Error::Early { .. }
+            | Error::Disagrees { .. }
+            | Error::Random => {
+                let text = error.to_string();
+                let (what, how) = text.rsplit_once(": ").unwrap_or((&text, "try later"));
+                Self {
+                    what: what.to_owned(),
+                    how: how.to_owned(),
+                    retry: Retry::Backoff,
+                }
+            }
+        }
+    }
+}

@@ -284,10 +284,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     )
     .await;
     let sides = (views.status(), side.status);
-    tokio::spawn(line::run(
-        line_parts(&config, &client, &host, &state, &audit, sides),
-        lines,
-    ));
+    watch_line((&config, &client, &host, &state, &audit), sides, lines);
     let own_node = node.as_ref().map(|node| (node.id.clone(), node.public_key));
     let restored = restore(&state, &config).await;
     put_back_names(&dns, &restored, config.tunnel.mode).await;
@@ -330,16 +327,13 @@ fn serve_proxy(
     end
 }
 
-/// What measuring the line needs.
-fn line_parts(
-    config: &Arc<Config>,
-    client: &http::Client,
-    host: &Arc<Host>,
-    state: &State,
-    audit: &Audit,
+/// Keeps the line known, beside everything else.
+fn watch_line(
+    (config, client, host, state, audit): (&Arc<Config>, &http::Client, &Arc<Host>, &State, &Audit),
     (status, node): (watch::Receiver<Status>, watch::Receiver<Option<NodeStatus>>),
-) -> line::Parts {
-    line::Parts {
+    lines: line::Views,
+) {
+    let parts = line::Parts {
         config: Arc::clone(config),
         client: client.clone(),
         host: Arc::clone(host),
@@ -347,7 +341,8 @@ fn line_parts(
         audit: audit.clone(),
         status,
         node,
-    }
+    };
+    tokio::spawn(line::run(parts, lines));
 }
 
 /// Prepares device mode, if it is configured: how connections of our own go beside the tunnel.

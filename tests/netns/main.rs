@@ -13,6 +13,7 @@
 //! | `fallback` | what the orchestrator does when the pool fails |
 //! | `owner` | a provider's hours and its month's volume, over crashes too |
 //! | `one_click` | the local network that a newcomer brings up: whole again after anything in it was killed |
+//! | `measuring` | the line is measured at the pool |
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
 //! | `kills` | pool, provider and client killed at random points of everything they do together |
@@ -35,6 +36,7 @@ mod hostile;
 mod kills;
 mod lab;
 mod leaks;
+mod measuring;
 mod one_click;
 mod owner;
 mod payment;

@@ -30,7 +30,7 @@ use jiff::Timestamp;
 use tokio::{sync::watch, time::timeout};
 
 pub use self::error::Error;
-use self::transfer::{Direction, Limits};
+use self::transfer::Direction;
 use crate::{
     audit::Audit,
     clock::{self, Jump},
@@ -287,7 +287,7 @@ impl Line {
                 time: self.parts.config.bandwidth.sample,
                 payload: payload / 2,
             };
-            let measuring = both_ways(client, url, limits, Arc::clone(&moved), percent);
+            let measuring = measure(&client, &url, limits, &moved, &percent);
             let mut measuring = pin!(measuring);
             self.show(facts, decision, Some(0));
             loop {
@@ -332,13 +332,23 @@ impl Line {
     }
 }
 
-/// Down, then up. A server that takes no uploads is no reason to know nothing.
-async fn both_ways(
-    client: http::Client,
-    url: url::Url,
+/// How long a direction is measured, and with how much.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// `BANDWIDTH_SAMPLE_SECONDS`.
+    pub time: Duration,
+    /// Bytes.
+    pub payload: u64,
+}
+
+/// Measures once: down, then up. A server that takes no uploads is no reason to know nothing. `moved` grows with every byte,
+/// also when this is dropped half-way; `percent` is told how far it is.
+pub async fn measure(
+    client: &http::Client,
+    url: &url::Url,
     limits: Limits,
-    moved: Arc<AtomicU64>,
-    percent: watch::Sender<u8>,
+    moved: &Arc<AtomicU64>,
+    percent: &watch::Sender<u8>,
 ) -> Result<(Rate, Option<Rate>), Error> {
     let told = |half: u8, percent_of_half: u8| {
         percent.send_if_modified(|last| {
@@ -350,9 +360,9 @@ async fn both_ways(
             news
         });
     };
-    let speed = Arc::new(client.speed(&url).await?);
-    let down = transfer::run(Direction::Down, &speed, limits, &moved, |part| told(0, part)).await?;
-    let up = transfer::run(Direction::Up, &speed, limits, &moved, |part| told(50, part)).await;
+    let speed = Arc::new(client.speed(url).await?);
+    let down = transfer::run(Direction::Down, &speed, limits, moved, |part| told(0, part)).await?;
+    let up = transfer::run(Direction::Up, &speed, limits, moved, |part| told(50, part)).await;
     let up = up.inspect_err(|error| tracing::warn!("the upload was not measured: {}", chain(error)));
     Ok((down, up.ok()))
 }

@@ -21,7 +21,7 @@ use reqwest::{Body, Response};
 use serde::Deserialize;
 use tokio::task::JoinSet;
 
-use super::Error;
+use super::{Error, Limits};
 use crate::http::{self, SPEED_CONNECTIONS, Speed};
 
 /// Most that is asked for, or sent, in one request.
@@ -44,13 +44,6 @@ const CHUNK: usize = 64 * 1024;
 pub(super) enum Direction {
     Down,
     Up,
-}
-
-/// What one transfer may take.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    pub(super) time: Duration,
-    pub(super) payload: u64,
 }
 
 /// Moves bytes until a limit is reached and says what rate that was. `moved` grows with every byte, also of a transfer that

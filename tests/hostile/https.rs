@@ -30,10 +30,10 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::certificates::Certificates;
 
-type Stream = TlsStream<TcpStream>;
+pub(crate) type Stream = TlsStream<TcpStream>;
 
 /// Starts a TLS server; `answer` has each connection to itself after the handshake.
-async fn serve<F, A>((certificate, key): (PathBuf, PathBuf), answer: A) -> SocketAddr
+pub(crate) async fn serve<F, A>((certificate, key): (PathBuf, PathBuf), answer: A) -> SocketAddr
 where
     A: Fn(Stream) -> F + Clone + Send + 'static,
     F: Future<Output = std::io::Result<()>> + Send,
@@ -87,7 +87,7 @@ async fn request(stream: &mut Stream) -> std::io::Result<String> {
 }
 
 /// A server with a good certificate that answers every request with these bytes and closes.
-async fn answering(bytes: Vec<u8>) -> (SocketAddr, Certificates) {
+pub(crate) async fn answering(bytes: Vec<u8>) -> (SocketAddr, Certificates) {
     let certificates = Certificates::new();
     let bytes = Arc::new(bytes);
     let address = serve(certificates.leaf("ca", "IP:127.0.0.1", None), move |mut stream| {
@@ -131,18 +131,18 @@ async fn list_error(address: SocketAddr, certificates: &Certificates) -> Error {
     error
 }
 
-fn head(status: &str, headers: &str) -> Vec<u8> {
+pub(crate) fn head(status: &str, headers: &str) -> Vec<u8> {
     format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\n{headers}\r\n").into_bytes()
 }
 
 /// Peak resident memory of this process, in KiB. (Each test is a process of its own under nextest.)
-fn peak_kib() -> u64 {
+pub(crate) fn peak_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-fn gzip(mut bytes: impl std::io::Read) -> Vec<u8> {
+pub(crate) fn gzip(mut bytes: impl std::io::Read) -> Vec<u8> {
     let mut child = Command::new("gzip")
         .arg("-9c")
         .stdin(Stdio::piped())

@@ -9,5 +9,6 @@
 
 mod certificates;
 mod https;
+mod line;
 mod network;
 mod socks5;

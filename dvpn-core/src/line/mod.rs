@@ -110,6 +110,16 @@ pub enum Hindrance {
     Failed(Failure),
 }
 
+impl Hindrance {
+    /// Whether it ends soon and by itself: nobody has to hear of it.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::NotYet | Self::Connecting | Self::Busy => true,
+            Self::NoServer | Self::NoNetwork | Self::Blocked | Self::Metered | Self::Spent | Self::Failed(_) => false,
+        }
+    }
+}
+
 /// What matters to whether the line is measured now.
 #[derive(Debug, Clone)]
 #[expect(clippy::struct_excessive_bools, reason = "independent facts, each read by itself")]

@@ -246,7 +246,7 @@ impl Line {
         let known = *self.views.known.borrow();
         let status = words::status(&words_of(&self.parts.config, known, decision, progress));
         if progress.is_none() {
-            self.tell(&status);
+            self.tell(&status, decision);
         }
         self.views.status.send_if_modified(|last| {
             let news = *last != status;
@@ -256,18 +256,22 @@ impl Line {
     }
 
     /// Logs and records what changed.
-    fn tell(&mut self, status: &LineStatus) {
+    fn tell(&mut self, status: &LineStatus, decision: &Decision) {
         if self.views.status.borrow().summary != status.summary {
             tracing::info!("the line: {}", status.summary);
         }
+        let is_passing = match decision {
+            Decision::Not { hindrance, .. } => hindrance.is_passing(),
+            Decision::Measure { .. } => true,
+            Decision::Keep { .. } => false,
+        };
         let reason = status.problem.as_ref().map(|problem| problem.what.clone());
-        if let Some(reason) = reason.clone().filter(|_| self.last_reason != reason) {
-            let how = status
-                .problem
-                .as_ref()
-                .map(|problem| problem.how.as_str())
-                .unwrap_or_default();
-            tracing::warn!("{reason}: {how}");
+        if is_passing || self.last_reason == reason {
+            return;
+        }
+        if let Some(problem) = &status.problem {
+            tracing::warn!("{}: {}", problem.what, problem.how);
+            let reason = problem.what.clone();
             self.parts.audit.record(&Event::LineUnmeasured { reason });
         }
         self.last_reason = reason;

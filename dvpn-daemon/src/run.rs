@@ -246,7 +246,7 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         side.clone(),
         own_uid,
     );
-    let lines = line::Views::new(&config);
+    let lines = line::Views::new(&config, &state);
     let control = control.with_line(lines.status());
     let counters = Arc::new(Mutex::new(None));
 

@@ -70,3 +70,46 @@ fn only_another_way_to_the_internet_is_a_change_of_the_network() {
         );
     });
 }
+
+#[test]
+fn a_network_is_told_by_its_interface_and_router() {
+    let here = Namespace::enter_new();
+    let (home, away) = (Namespace::new(), Namespace::new());
+    for (number, router) in [(0, &home), (1, &away)] {
+        // Two networks of the same numbers, as most homes are.
+        here.sh(&format!(
+            "ip link add wan{number} type veth peer name eth0 netns {}; ip link set wan{number} up",
+            router.path()
+        ));
+        router.sh("ip link set eth0 up; ip addr add 192.0.2.1/24 dev eth0");
+    }
+    Runtime::new().unwrap().block_on(async {
+        let network = async || Host::open().unwrap().network_id().await.unwrap();
+        assert_eq!(network().await, None, "no way out");
+        here.sh("ip addr add 192.0.2.2/24 dev wan0; ip route add default via 192.0.2.1 metric 100");
+        let first = network().await;
+        assert!(first.is_some());
+        here.sh("ip neigh flush dev wan0; ip addr add 192.0.2.3/24 dev wan0; ip route add 10.0.0.0/8 via 192.0.2.9");
+        assert_eq!(network().await, first, "addresses and other routes make no other network");
+
+        // A better route by another interface, where a router has the same address.
+        here.sh("ip addr add 192.0.2.2/24 dev wan1; ip route add default via 192.0.2.1 dev wan1 metric 50");
+        let second = network().await;
+        assert!(second.is_some() && second != first, "{second:?}");
+        here.sh("ip route del default dev wan1");
+        assert_eq!(network().await, first, "back");
+
+        home.sh("ip link set eth0 down; ip link set eth0 address 02:00:00:00:00:07; ip link set eth0 up");
+        here.sh("ip neigh flush dev wan0");
+        let third = network().await;
+        assert!(third.is_some() && third != first, "another router at the same address");
+
+        // By IPv6 alone; a router without an answer still tells a network.
+        here.sh("ip route del default; ip -6 route add default via fe80::7 dev wan0");
+        let fourth = network().await;
+        assert!(fourth.is_some() && fourth != third);
+        here.sh("ip -6 route del default; ip link add tun0 type dummy 2>/dev/null || ip tuntap add tun0 mode tun; ip link set tun0 up");
+        here.sh("ip route add default dev tun0");
+        assert!(network().await.is_some(), "no router, only an interface");
+    });
+}

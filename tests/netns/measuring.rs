@@ -210,7 +210,7 @@ fn a_fast_line_is_measured_with_less_than_200_megabytes() -> Result<()> {
     let bed = Bed::new()?;
     bed.uplink(2, None)?;
     let daemon = bed.daemon(bed.environment(8))?;
-    let line = wait_for_line(&daemon, "the line", is_measured)?;
+    wait_for_line(&daemon, "the line", is_measured)?;
     let carried = bed.carried(2)?;
     ensure!((100_000_000..200_000_000).contains(&carried), "{carried}");
     Ok(())

@@ -94,6 +94,12 @@ impl Book {
         (measured.at <= now).then_some(measured)
     }
 
+    /// The last result on any network: the likeliest one until it is known where this machine is.
+    pub fn latest(&self, now: Timestamp) -> Option<Measured> {
+        let measured = self.networks.keys().filter_map(|network| self.measured(network, now));
+        measured.max_by_key(|measured| measured.at)
+    }
+
     /// The payload that may still be spent on a network at `now`, and when it is whole again.
     pub fn allowance(&self, network: &NetworkId, now: Timestamp) -> (u64, Timestamp) {
         match self.networks.get(network) {

@@ -207,6 +207,13 @@ fn the_network_of_longest_ago_is_forgotten_first() {
     let kept = (0..40).filter(|number| book.measured(&network(*number), at("22T12:00:00")).is_some());
     assert_eq!(kept.collect::<Vec<_>>(), (8..40).collect::<Vec<_>>());
     assert!(book.encode().len() < 16 * 1024);
+    assert_eq!(book.latest(at("22T12:00:00")), Some(result("22T10:39:00")));
+    assert_eq!(
+        book.latest(at("22T10:20:30")),
+        Some(result("22T10:20:00")),
+        "what is from the future is none"
+    );
+    assert_eq!(Book::default().latest(at("22T12:00:00")), None);
     assert!(Book::decode(book.encode().as_bytes()).is_ok());
 }
 

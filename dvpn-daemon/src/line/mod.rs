@@ -47,22 +47,31 @@ const LOOK_AGAIN: Duration = Duration::from_mins(5);
 
 /// Both ends of what is shown of the line.
 pub struct Views {
+    book: Book,
     known: watch::Sender<Known>,
     status: watch::Sender<LineStatus>,
 }
 
 impl Views {
-    /// What is known before anything was measured.
-    pub fn new(config: &Config) -> Self {
-        let known = match config.bandwidth.total_bits_per_second {
-            Some(bits) => Known::Set(Rate::from_bits_per_second(bits)),
-            None => Known::Nothing,
+    /// What is known as the daemon starts. Where it is it finds out later: until then it is where it was measured last, so
+    /// that a restarted provider has something to grant at once.
+    pub fn new(config: &Config, state: &State) -> Self {
+        let book = state.lines().unwrap_or_else(|error| {
+            tracing::warn!("what was measured of lines: {}: they are measured anew", chain(&error));
+            Book::default()
+        });
+        let latest = book.latest(Timestamp::now());
+        let known = match (config.bandwidth.total_bits_per_second, latest) {
+            (Some(bits), _) => Known::Set(Rate::from_bits_per_second(bits)),
+            (None, Some(measured)) => Known::Measured(measured),
+            (None, None) => Known::Nothing,
         };
         let decision = Decision::Not {
             hindrance: Hindrance::NotYet,
             until: None,
         };
         Self {
+            book,
             known: watch::Sender::new(known),
             status: watch::Sender::new(words::status(&words_of(config, known, &decision, None))),
         }
@@ -110,22 +119,15 @@ pub struct Parts {
 type Happenings = Pin<Box<dyn Stream<Item = ()> + Send>>;
 
 /// Keeps the line known for as long as it is polled. Nothing to do, and it ends, when the line is set.
-pub async fn run(parts: Parts, views: Views) {
+pub async fn run(parts: Parts, mut views: Views) {
     if parts.config.bandwidth.total_bits_per_second.is_some() {
         return;
     }
-    let book = match parts.state.lines() {
-        Ok(book) => book,
-        Err(error) => {
-            tracing::warn!("what was measured of lines: {}: they are measured anew", chain(&error));
-            Book::default()
-        }
-    };
     let happenings = happenings(&parts.host).await;
     let mut line = Line {
         parts,
+        book: std::mem::take(&mut views.book),
         views,
-        book,
         failures: Failures::default(),
         happenings,
         last_reason: None,

@@ -305,9 +305,18 @@ impl Machine {
 
     /// What the daemon's own sockets would ask.
     pub(super) fn network_servers(&self) -> String {
+        self.ask("network")
+    }
+
+    /// Whether the daemon takes the network for one that costs by the byte.
+    pub(super) fn is_metered(&self) -> bool {
+        self.ask("metered") == "true"
+    }
+
+    fn ask(&self, what: &str) -> String {
         let holder = program("dns-holder").unwrap();
         let state = self.state();
-        self.run(&[holder.to_str().unwrap(), state.to_str().unwrap(), "network"])
+        self.run(&[holder.to_str().unwrap(), state.to_str().unwrap(), what])
             .trim()
             .to_owned()
     }

@@ -151,3 +151,18 @@ fn what_network_manager_may_not_change_is_done_by_a_file() {
     assert_eq!(read(), before);
     machine.assert_network();
 }
+
+#[test]
+fn a_network_costs_by_the_byte_when_network_manager_says_so() {
+    let (machine, [_bus, manager]) = machine("");
+    assert!(!machine.is_metered());
+    // It is the network that leads out which counts.
+    machine.run(&["nmcli", "connection", "modify", "eth0", "ipv4.gateway", "192.0.2.1"]);
+    for (says, wanted) in [("yes", true), ("no", false), ("yes", true)] {
+        machine.run(&["nmcli", "connection", "modify", "eth0", "connection.metered", says]);
+        machine.run(&["nmcli", "connection", "up", "eth0"]);
+        machine.until(says, || machine.is_metered() == wanted);
+    }
+    manager.kill();
+    assert!(!machine.is_metered(), "who does not know says no");
+}

@@ -1,7 +1,8 @@
 //! Holds a machine's name resolution as the daemon does in device mode, for tests that kill it.
 //!
 //! `dns-holder STATE_DIRECTORY hold INTERFACE SERVERS` sets it, and again whenever that is needed; each time it prints a
-//! line: the ways taken, or `error` and why. `dns-holder STATE_DIRECTORY network` prints the network's name servers.
+//! line: the ways taken, or `error` and why. `dns-holder STATE_DIRECTORY network` prints the network's name servers,
+//! `metered` whether that network costs by the byte.
 
 use std::{io::Write as _, net::IpAddr, path::Path, pin::pin};
 
@@ -18,12 +19,13 @@ fn main() -> Result<()> {
             let servers = servers.split(',').map(str::parse).collect::<Result<Vec<IpAddr>, _>>()?;
             runtime.block_on(hold(&Dns::open(Path::new(state)), interface, &servers))
         }
+        [_, "metered"] => say(&runtime.block_on(dvpn_daemon::host::is_metered()).to_string()),
         [state, "network"] => {
             let servers = runtime.block_on(Dns::open(Path::new(state)).network_servers());
             let servers: Vec<String> = servers.iter().map(ToString::to_string).collect();
             say(&servers.join(" "))
         }
-        _ => bail!("dns-holder STATE_DIRECTORY hold INTERFACE SERVERS | network"),
+        _ => bail!("dns-holder STATE_DIRECTORY hold INTERFACE SERVERS | network | metered"),
     }
 }
 

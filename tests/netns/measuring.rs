@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use dvpn_common::status::{LineSource, LineStatus};
+use dvpn_common::status::{LineSource, LineStatus, StateName, Status};
 use dvpn_tests::{
     certs::Authority,
     namespace::{Namespace, ip},
@@ -11,7 +11,7 @@ use dvpn_tests::{
     node::{self, Daemon, Environment, POOL_PORT},
     process::Process,
     sweep,
-    world::unique_id,
+    world::{World, unique_id},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -220,7 +220,7 @@ fn a_fast_line_is_measured_with_less_than_200_megabytes() -> Result<()> {
 fn a_session_that_begins_breaks_a_measurement_off_and_its_end_lets_it_begin_again() -> Result<()> {
     let bed = Bed::new()?;
     bed.uplink(2, Some((20, 20)))?;
-    let daemon = bed.daemon(bed.environment(4).with("PAYMENT_TOKEN", "dev_nobody-paid"))?;
+    let daemon = bed.daemon(bed.environment(2).with("PAYMENT_TOKEN", "dev_nobody-paid"))?;
     wait_for_line(&daemon, "the beginning", |line| {
         line.measuring_percent.is_some_and(|percent| percent >= 10)
     })?;
@@ -235,4 +235,30 @@ fn a_session_that_begins_breaks_a_measurement_off_and_its_end_lets_it_begin_agai
     daemon.client.stop()?;
     let line = wait_for_line(&daemon, "the line", is_measured)?;
     check_measured(&line, 20, 20)
+}
+
+#[test]
+fn in_device_mode_the_line_is_measured_beside_the_tunnel() -> Result<()> {
+    let mut config = NetworkConfig::with_round_trips(&unique_id(), &[8]);
+    config.client.rate_bits = Some(50_000_000);
+    let world = World::build_with(&config, |environment| {
+        environment
+            .with("TUNNEL_MODE", "device")
+            .with("BANDWIDTH_TEST_URL", format!("https://{POOL}:{POOL_PORT}/speed"))
+            .with("BANDWIDTH_SAMPLE_SECONDS", "4")
+    })?;
+    world.pay_and_connect()?;
+    // One that began before the session was broken off by it.
+    let seen = |status: &Status| status.state == StateName::Connected && status.line.as_ref().is_some_and(is_measured);
+    let status = world.ask().wait_status("the line", PATIENCE, seen);
+    let status = status.with_context(|| world.client.process.log_tail())?;
+    let line = status.line.context("a line")?;
+    let way = |bits: Option<u64>| bits.is_some_and(|bits| (30_000_000..55_000_000).contains(&bits));
+    ensure!(
+        way(line.down_bits_per_second) && way(line.up_bits_per_second),
+        "{line:?}"
+    );
+    let inside = status.rx_bytes + status.tx_bytes;
+    ensure!(inside < 1_000_000, "{inside} bytes went through the tunnel");
+    Ok(())
 }

@@ -243,18 +243,23 @@ pub static SETTINGS: &[Setting] = &[
         "",
         "Where clients reach this provider; found out when empty.",
     ),
-    contract("BANDWIDTH_TEST_URL", Kind::HttpsUrl, "", "Where the line is measured."),
+    contract(
+        "BANDWIDTH_TEST_URL",
+        Kind::HttpsUrl,
+        "",
+        "Where the line is measured: GET ?bytes=N and POST, as the pool's /speed; a plain file tells the download alone.",
+    ),
     contract(
         "BANDWIDTH_SAMPLE_SECONDS",
         Kind::Count { min: 1, max: 60 },
         "8",
-        "How long a measurement lasts.",
+        "How long each direction of the line is measured.",
     ),
     contract(
         "BANDWIDTH_TOTAL_MBPS",
         Kind::Megabits,
         "0",
-        "The line's rate; 0 measures it.",
+        "What the line carries, each way, IP headers counted; 0 measures it.",
     ),
     contract(
         "ENABLE_TRAY",

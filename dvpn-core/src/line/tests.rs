@@ -1,6 +1,7 @@
 //! Tables: when the line is measured, what is remembered, what is told.
 
 use dvpn_common::status::LineSource;
+use proptest::prelude::*;
 
 use super::*;
 use crate::Retry;
@@ -333,5 +334,22 @@ fn every_hindrance_says_what_to_do() {
             "{problem:?}"
         );
         assert_eq!(status.next_at, Some(at("23T10:00:00")));
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_record_is_read_whole_or_not_at_all(bytes in proptest::collection::vec(any::<u8>(), 0..200), at_byte in 0..200_usize, with in any::<u8>()) {
+        drop(Book::decode(&bytes));
+        let mut book = Book::default();
+        book.note(home(), result("22T10:00:00"));
+        let mut record = book.encode().into_bytes();
+        let length = record.len();
+        record[at_byte % length] = with;
+        // What reads reads again as the same.
+        if let Ok(read) = Book::decode(&record) {
+            prop_assert_eq!(Book::decode(read.encode().as_bytes()), Ok(read));
+        }
+        prop_assert!(Book::decode(&record[..at_byte % (length - 1)]).is_err() || at_byte % (length - 1) == 0);
     }
 }

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use dvpn_common::rate::Rate;
 use dvpn_core::Failure;
 use dvpn_daemon::{
     http::{self, Client, Options},
@@ -38,7 +39,7 @@ async fn measured(address: SocketAddr, certificates: &Certificates) -> (Result<(
     };
     let moved = Arc::new(AtomicU64::new(0));
     let result = measure(&client, &url, limits, &moved, &watch::Sender::new(0)).await;
-    let bits = result.map(|(down, up)| (down.bits_per_second(), up.map(|up| up.bits_per_second())));
+    let bits = result.map(|(down, up)| (down.bits_per_second(), up.map(Rate::bits_per_second)));
     (bits, moved.load(Ordering::Relaxed))
 }
 
@@ -221,7 +222,7 @@ async fn a_body_without_end_is_cut_at_what_a_measurement_may_cost() {
         }
         stream.write_all(&head("200 OK", "connection: close\r\n")).await?;
         loop {
-            stream.write_all(&[b'x'; 64 * 1024]).await?;
+            stream.write_all(&[b'x'; 16 * 1024]).await?;
         }
     })
     .await;
@@ -308,7 +309,7 @@ async fn an_endless_answer_to_an_upload_is_not_read() {
         swallow(&mut stream, length).await?;
         stream.write_all(&head("200 OK", "connection: close\r\n")).await?;
         loop {
-            stream.write_all(&[b'x'; 64 * 1024]).await?;
+            stream.write_all(&[b'x'; 16 * 1024]).await?;
         }
     })
     .await;

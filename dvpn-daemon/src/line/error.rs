@@ -49,14 +49,25 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the other connections can not make up for it.
+    /// Whether the server is busy: it may let us in a moment later.
+    pub(super) fn is_busy(&self) -> bool {
+        matches!(self, Self::Http(http::Error::Status { status, .. }) if matches!(status.as_u16(), 429 | 503))
+    }
+
+    /// Whether this server says the same tomorrow: neither another connection nor another try makes up for it.
     pub(super) fn is_final(&self) -> bool {
         match self {
             Self::Http(http::Error::Status { status, .. }) => {
                 status.is_client_error() && !matches!(status.as_u16(), 408 | 429)
             }
+            Self::TooShort { .. }
+            | Self::Early { .. }
+            | Self::Disagrees { .. }
+            | Self::Random
+            | Self::Http(
+                http::Error::Redirect { .. } | http::Error::TooLarge { .. } | http::Error::Compressed { .. },
+            ) => true,
             Self::Http(_) | Self::TooLittle { .. } => false,
-            Self::TooShort { .. } | Self::Early { .. } | Self::Disagrees { .. } | Self::Random => true,
         }
     }
 }

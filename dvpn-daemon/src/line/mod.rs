@@ -132,8 +132,13 @@ pub async fn run(parts: Parts, mut views: Views) {
         happenings,
         last_reason: None,
     };
+    let mut last_network = None;
     loop {
         let facts = line.facts().await;
+        if facts.network != last_network {
+            // What failed elsewhere says nothing of here.
+            (line.failures, last_network) = (Failures::default(), facts.network);
+        }
         let decision = decide(&line.book, &line.failures, &facts, Timestamp::now());
         line.show(&facts, &decision, None);
         match (&decision, facts.network) {
@@ -368,7 +373,13 @@ pub async fn measure(
     };
     let speed = Arc::new(client.speed(url).await?);
     let down = transfer::run(Direction::Down, &speed, limits, moved, |part| told(0, part)).await?;
-    let up = transfer::run(Direction::Up, &speed, limits, moved, |part| told(50, part)).await;
-    let up = up.inspect_err(|error| tracing::warn!("the upload was not measured: {}", chain(error)));
-    Ok((down, up.ok()))
+    match transfer::run(Direction::Up, &speed, limits, moved, |part| told(50, part)).await {
+        Ok(up) => Ok((down, Some(up))),
+        Err(error) if error.is_final() => {
+            tracing::warn!("the upload was not measured: {}", chain(&error));
+            Ok((down, None))
+        }
+        // Half a result would hold for a day.
+        Err(error) => Err(error),
+    }
 }

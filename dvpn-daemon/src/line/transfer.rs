@@ -33,6 +33,9 @@ const FIRST_UPLOAD: u64 = 16 * 1024;
 const UPLOAD_TAKES: Duration = Duration::from_millis(400);
 /// How long a server may take for an upload's answer after the transfer's own time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// A server that is busy is asked again after this, and so often: it may not have noticed yet that the last transfer is over.
+const ASKED_AGAIN: u32 = 5;
+const BUSY_PAUSE: Duration = Duration::from_millis(300);
 /// How often the end of the transfer is looked for, and progress is told.
 const LOOK: Duration = Duration::from_millis(50);
 /// Random bytes, sent over and over.
@@ -60,8 +63,8 @@ pub(super) async fn run(
     for number in 0..SPEED_CONNECTIONS {
         let transfer = Arc::clone(&transfer);
         let work: BoxFuture<'static, _> = match direction {
-            Direction::Down => Box::pin(async move { transfer.download().await }),
-            Direction::Up => Box::pin(async move { transfer.upload(number).await }),
+            Direction::Down => Box::pin(async move { patiently(|| transfer.download()).await }),
+            Direction::Up => Box::pin(async move { patiently(|| transfer.upload(number)).await }),
         };
         workers.spawn(work);
     }
@@ -95,6 +98,17 @@ pub(super) async fn run(
             source: too_little,
         }),
     }
+}
+
+/// Again and again while the server is busy, for a while.
+async fn patiently<F: Future<Output = Result<(), Error>>>(work: impl Fn() -> F) -> Result<(), Error> {
+    for _ in 0..ASKED_AGAIN {
+        match work().await {
+            Err(error) if error.is_busy() => tokio::time::sleep(BUSY_PAUSE).await,
+            ended => return ended,
+        }
+    }
+    work().await
 }
 
 struct Transfer {
@@ -157,6 +171,10 @@ impl Transfer {
         taken.unwrap_or_else(|left| left).min(wanted)
     }
 
+    fn give_back(&self, bytes: u64) {
+        self.left.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     fn note(&self, from: Duration, until: Duration, bytes: u64) {
         let mut samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
         samples.add(from, until, bytes);
@@ -198,7 +216,7 @@ impl Transfer {
                 return Ok(());
             }
             let mut reserved = asked;
-            let mut response = self.ask(asked).await?;
+            let mut response = self.ask(asked).await.inspect_err(|_| self.give_back(asked))?;
             let url = response.url().clone();
             let (mut last, mut got) = (self.clock(), 0_u64);
             while let Some(chunk) = response
@@ -218,7 +236,7 @@ impl Transfer {
                     }
                 }
             }
-            self.left.fetch_add(reserved - got, Ordering::Relaxed);
+            self.give_back(reserved - got);
             if got < asked.min(SHORTEST_FILE) {
                 return Err(Error::TooShort {
                     target: self.speed.target(),
@@ -238,7 +256,9 @@ impl Transfer {
             let begun = self.clock();
             let sent = Arc::new(AtomicU64::new(0));
             let body = self.body(bytes, &sent);
-            let answer = self.speed.post(body, bytes, self.limits.time + ANSWER_TIMEOUT).await?;
+            let within = self.limits.time + ANSWER_TIMEOUT;
+            let answer = self.speed.post(body, bytes, within).await;
+            let answer = answer.inspect_err(|_| self.give_back(bytes - sent.load(Ordering::Relaxed)))?;
             let now = self.clock();
             let target = || self.speed.target();
             if sent.load(Ordering::Relaxed) < bytes {

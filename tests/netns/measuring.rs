@@ -11,7 +11,7 @@ use dvpn_tests::{
     node::{self, Daemon, Environment, POOL_PORT},
     process::Process,
     sweep,
-    world::{World, unique_id},
+    world::{CONNECT_PATIENCE, World, unique_id},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -238,7 +238,7 @@ fn a_session_that_begins_breaks_a_measurement_off_and_its_end_lets_it_begin_agai
 }
 
 #[test]
-fn in_device_mode_the_line_is_measured_beside_the_tunnel() -> Result<()> {
+fn in_device_mode_the_line_is_measured_beside_the_tunnel_and_stop_breaks_that_off() -> Result<()> {
     let mut config = NetworkConfig::with_round_trips(&unique_id(), &[8]);
     config.client.rate_bits = Some(50_000_000);
     let world = World::build_with(&config, |environment| {
@@ -247,11 +247,23 @@ fn in_device_mode_the_line_is_measured_beside_the_tunnel() -> Result<()> {
             .with("BANDWIDTH_TEST_URL", format!("https://{POOL}:{POOL_PORT}/speed"))
             .with("BANDWIDTH_SAMPLE_SECONDS", "4")
     })?;
-    world.pay_and_connect()?;
+    let wait = |what: &str, state: StateName, wanted: &dyn Fn(&LineStatus) -> bool| {
+        let seen = |status: &Status| status.state == state && status.line.as_ref().is_some_and(wanted);
+        let status = world.ask().wait_status(what, PATIENCE, seen);
+        status.with_context(|| world.client.process.log_tail())
+    };
     // One that began before the session was broken off by it.
-    let seen = |status: &Status| status.state == StateName::Connected && status.line.as_ref().is_some_and(is_measured);
-    let status = world.ask().wait_status("the line", PATIENCE, seen);
-    let status = status.with_context(|| world.client.process.log_tail())?;
+    world.pay_and_connect()?;
+    wait("a measurement", StateName::Connected, &|line| {
+        line.measuring_percent.is_some_and(|percent| percent >= 10)
+    })?;
+    world.ask().stop()?;
+    wait("its end", StateName::Disconnected, &|line| {
+        line.source == LineSource::Unmeasured && line.measuring_percent.is_none()
+    })?;
+
+    world.ask().connect(CONNECT_PATIENCE)?;
+    let status = wait("the line", StateName::Connected, &is_measured)?;
     let line = status.line.context("a line")?;
     let way = |bits: Option<u64>| bits.is_some_and(|bits| (30_000_000..55_000_000).contains(&bits));
     ensure!(

@@ -23,6 +23,18 @@ impl Config {
                     .to_owned(),
             );
         }
+        let line = &self.bandwidth;
+        if self.node.register
+            && self.node.accept_terms
+            && line.total_bits_per_second.is_none()
+            && line.test_url.is_none()
+        {
+            remarks.push(
+                "neither BANDWIDTH_TOTAL_MBPS nor BANDWIDTH_TEST_URL is set: nobody knows what this line carries, and this \
+                 node takes no clients"
+                    .to_owned(),
+            );
+        }
         if self.tunnel.mode == Mode::Device && !self.tunnel.kill_switch {
             remarks.push("KILL_SWITCH=false: while no tunnel stands, everything leaves beside it".to_owned());
         }
@@ -65,6 +77,20 @@ mod tests {
                 .collect();
             let said = remarks(&values);
             assert!(said.len() == 1 && said[0].contains(words), "{more:?}: {said:?}");
+        }
+        let provider = [
+            whole[0],
+            whole[1],
+            ("NODE_REGISTER_ENABLED", "true"),
+            ("NODE_ACCEPT_TERMS", "true"),
+        ];
+        assert!(remarks(&provider)[0].contains("takes no clients"));
+        for line in [
+            ("BANDWIDTH_TOTAL_MBPS", "5"),
+            ("BANDWIDTH_TEST_URL", "https://pool.example/speed"),
+        ] {
+            let values: Vec<_> = provider.into_iter().chain([line]).collect();
+            assert_eq!(remarks(&values), [""; 0]);
         }
         let device = [whole[0], whole[1], ("TUNNEL_MODE", "device"), ("KILL_SWITCH", "false")];
         assert!(remarks(&device)[0].contains("beside it"));

@@ -118,7 +118,10 @@ pub enum Event {
         reason: String,
     },
     /// Somebody else took something of the firewall, rules or routes away; it was made again.
-    FirewallRepaired,
+    FirewallRepaired {
+        /// What it was.
+        lost: &'static str,
+    },
     /// A start over SSH was not confirmed.
     StartTakenBack,
     /// The line was measured.

@@ -300,19 +300,19 @@ impl Driver {
             MachineEvent::ClockSet => return self.session.handle_timeout(now()),
             MachineEvent::Resumed => {
                 // Whoever we were connected to has forgotten us, or we are on another network.
-                let done = self.parts.host.reassert_client().await.map(|()| false);
+                let done = self.parts.host.reassert_client().await.map(|()| None);
                 self.feed(Input::NetworkChanged);
                 done
             }
-            MachineEvent::Changed => self.parts.host.reassert_client().await.map(|()| false),
+            MachineEvent::Changed => self.parts.host.reassert_client().await.map(|()| None),
             MachineEvent::Loss => self.parts.host.repair_client().await,
         };
         match done {
-            Ok(true) => {
-                tracing::warn!("another program changed our firewall, rules or routes: they were made again");
-                self.parts.audit.record(&Event::FirewallRepaired);
+            Ok(Some(lost)) => {
+                tracing::warn!("another program changed our {lost}: made again");
+                self.parts.audit.record(&Event::FirewallRepaired { lost });
             }
-            Ok(false) => {}
+            Ok(None) => {}
             Err(error) => self.feed(Input::FirewallFailed(requests::firewall_failed(&error))),
         }
     }

@@ -247,15 +247,18 @@ impl Host {
         self.stand(&mut side).await
     }
 
-    /// Makes everything stand again if somebody took something of it away; says whether they did.
-    pub async fn repair_client(&self) -> Result<bool, Error> {
+    /// Makes everything stand again if somebody took something of it away; says what they did.
+    pub async fn repair_client(&self) -> Result<Option<&'static str>, Error> {
         let mut side = self.inner.client.lock().await;
-        if !side.told || self.client_stands(&side).await? {
-            return Ok(false);
+        if !side.told {
+            return Ok(None);
         }
+        let Some(lost) = self.client_lost(&side).await? else {
+            return Ok(None);
+        };
         // Whatever the table is now, it becomes ours in one transaction.
         side.made = None;
-        self.stand(&mut side).await.map(|()| true)
+        self.stand(&mut side).await.map(|()| Some(lost))
     }
 
     /// Firewall, rules and routes, those through the tunnel too while its interface is there.
@@ -267,17 +270,20 @@ impl Host {
         }
     }
 
-    async fn client_stands(&self, side: &ClientSide) -> Result<bool, Error> {
+    /// What of it does not stand any more.
+    async fn client_lost(&self, side: &ClientSide) -> Result<Option<&'static str>, Error> {
         let rules = nft::read::rules(CLIENT_TABLE).map_err(|source| Error::FirewallRead {
             table: CLIENT_TABLE,
             source,
         })?;
-        if side.made.unwrap_or(0) != rules {
-            return Ok(false);
+        let made = side.made.unwrap_or(0);
+        if made != rules {
+            tracing::debug!("the table {CLIENT_TABLE} has {rules} rules instead of {made}");
+            return Ok(Some("firewall"));
         }
         let selectors = side.selectors();
         if selectors.is_empty() {
-            return Ok(true);
+            return Ok(None);
         }
         let index = match &side.network {
             Some(network) => self.link(&network.interface).await?.map(|link| link.index),
@@ -289,10 +295,13 @@ impl Host {
             let there = self.addresses().await?;
             let has = |address: &IpNetwork| there.iter().any(|a| a.index == index && a.network == *address);
             if !network.addresses.iter().all(has) {
-                return Ok(false);
+                return Ok(Some("addresses"));
             }
         }
-        Ok(self.has_rules(&selectors).await? && self.has_routes(&wanted).await?)
+        if !self.has_rules(&selectors).await? {
+            return Ok(Some("rules"));
+        }
+        Ok((!self.has_routes(&wanted).await?).then_some("routes"))
     }
 
     /// Makes the client's addresses, routes and rules equal to `network`, replacing what was there of ours.

@@ -148,6 +148,50 @@ pub enum PaymentStatus {
     Unpaid,
 }
 
+/// What goes through the tunnel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModeName {
+    /// What applications send to the proxy.
+    #[default]
+    App,
+    /// Everything that the machine sends or forwards.
+    Device,
+}
+
+impl ModeName {
+    /// The name as it stands in JSON and D-Bus.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::App => "app",
+            Self::Device => "device",
+        }
+    }
+}
+
+/// What gives a network away that wants a login.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PortalSign {
+    /// It answers a question in the clear with a page of its own.
+    Page,
+    /// It gives the pool's name an address of its own.
+    Name,
+    /// Somebody else answers in the pool's place.
+    Certificate,
+}
+
+/// A network that wants a login, and the opening for that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortalStatus {
+    /// What gave it away; nothing when somebody opened without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sign: Option<PortalSign>,
+    /// A user's program is let out to log in, until then at the latest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub open_until: Option<Timestamp>,
+}
+
 /// This install as a provider. Nothing in it tells one client from another.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(clippy::struct_excessive_bools, reason = "independent facts, each read by itself")]
@@ -250,6 +294,15 @@ pub struct Status {
     pub since: Timestamp,
     /// The stored wish: connect again after a restart.
     pub autostart: bool,
+    /// What goes through the tunnel.
+    #[serde(default)]
+    pub mode: ModeName,
+    /// True while nothing passes beside the tunnel.
+    #[serde(default)]
+    pub blocking: bool,
+    /// The network wants a login, or somebody is let out for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub portal: Option<PortalStatus>,
     /// The provider in use or being connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub provider: Option<CandidateStatus>,

@@ -7,12 +7,12 @@ use std::net::SocketAddr;
 
 use dvpn_common::{
     ids::ProviderId,
-    status::{ProbeMethod, StateName},
+    status::{PortalSign, ProbeMethod, StateName},
 };
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::firewall::Policy;
+use crate::{firewall::Policy, portal};
 
 /// An audit event.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -121,6 +121,23 @@ pub enum Event {
     FirewallRepaired {
         /// What it was.
         lost: &'static str,
+    },
+    /// The network wants a login.
+    PortalFound {
+        /// What gave it away.
+        sign: PortalSign,
+    },
+    /// A user's program is let out beside the tunnel, to log in to the network.
+    PortalOpened {
+        /// Whose.
+        uid: u32,
+        /// Until when, at the latest.
+        ends_at: Timestamp,
+    },
+    /// It is let out no more.
+    PortalClosed {
+        /// Why.
+        reason: portal::Ended,
     },
     /// A start over SSH was not confirmed.
     StartTakenBack,

@@ -7,7 +7,8 @@
 //!
 //! The table follows from [`policy`]: only [`Phase::Idle`] opens, and a session that is wanted while the kill switch is
 //! on is never idle. Blocked means: nothing leaves but loopback, the control plane (pool, payment, orchestrator, by the
-//! daemon's own marked sockets) and what [`Exemptions`] names; each exemption is mark and address and port.
+//! daemon's own marked sockets) and what [`Exemptions`] names; each exemption is mark and address and port. One opening is wider, for a moment and by request alone:
+//! [`crate::portal`].
 
 use std::net::{IpAddr, SocketAddr};
 

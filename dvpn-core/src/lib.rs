@@ -12,6 +12,7 @@
 //! | [`grant`] | who gets how much of the line |
 //! | [`line`] | what the line carries: when it is measured, and what the samples say |
 //! | [`firewall`] | what may pass in which state |
+//! | [`portal`] | whether a network wants a login, and for whom and how long one is let out for it |
 //! | [`dns`] | by which way programs are sent to the tunnel's name servers |
 //! | [`config`] | what the operator asked for |
 //! | [`seal`] | whether a stored secret is ours and whole |
@@ -33,6 +34,7 @@ pub mod line;
 pub mod node;
 pub mod payment;
 pub mod pool_key;
+pub mod portal;
 pub mod possession;
 pub mod rollback;
 pub mod seal;

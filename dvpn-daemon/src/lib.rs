@@ -9,6 +9,7 @@
 //! | [`fallback`] | the script that has a provider made, and the lease of it |
 //! | [`probe`] | latency of candidates |
 //! | [`socks5`], [`resolve`] | the proxy and its names, through the tunnel or not at all |
+//! | [`portal`] | whether the network wants a login, and the way out for one user's browser |
 //! | [`provider`] | the provider side: registration, peers, NAT, echo |
 //! | [`ebpf`] | tc programs: load, attach, pin, read |
 //! | [`line`] | measures the machine's line |
@@ -28,6 +29,7 @@ pub mod http;
 pub mod line;
 pub mod logs;
 pub mod node;
+pub mod portal;
 pub mod probe;
 pub mod provider;
 mod race;

@@ -69,6 +69,8 @@ pub struct Config {
     pub fallback: FallbackConfig,
     /// The client's tunnel.
     pub tunnel: TunnelSettings,
+    /// A network that wants a login.
+    pub portal: PortalConfig,
     /// The proxy.
     pub socks5: Socks5Config,
     /// /health and /metrics.
@@ -137,6 +139,15 @@ pub struct TunnelSettings {
     pub allow_lan: bool,
     /// `ALLOW_INBOUND`; nothing means SSH's port when sshd listens.
     pub allow_inbound: Option<Vec<u16>>,
+}
+
+/// `CAPTIVE_PORTAL_…`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortalConfig {
+    /// `CAPTIVE_PORTAL_URL`.
+    pub url: Option<Url>,
+    /// `CAPTIVE_PORTAL_SECONDS`.
+    pub open_for: Duration,
 }
 
 /// `SOCKS5_…`.

@@ -14,10 +14,10 @@ use dvpn_common::{
 use ipnetwork::IpNetwork;
 use url::Url;
 
-use super::values::{endpoint, https_url, megabits, port};
+use super::values::{endpoint, http_url, https_url, megabits, port};
 use super::{
-    BandwidthConfig, Config, ControlConfig, Error, Errors, FallbackConfig, Kind, Mode, NodeConfig, SETTINGS, Secret,
-    Setting, Socks5Config, Source, TunnelSettings, find,
+    BandwidthConfig, Config, ControlConfig, Error, Errors, FallbackConfig, Kind, Mode, NodeConfig, PortalConfig, SETTINGS,
+    Secret, Setting, Socks5Config, Source, TunnelSettings, find,
 };
 use crate::{address::is_unicast, node::Rules, session::Choice, text::excerpt};
 
@@ -81,6 +81,10 @@ impl<'a> Reader<'a> {
             choice: self.choice(),
             fallback: self.fallback(),
             tunnel: self.tunnel(),
+            portal: PortalConfig {
+                url: self.read("CAPTIVE_PORTAL_URL", http_url),
+                open_for: Duration::from_secs(self.count("CAPTIVE_PORTAL_SECONDS")),
+            },
             socks5: self.socks5(),
             control: self.control(),
             node,

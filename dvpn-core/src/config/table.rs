@@ -23,6 +23,8 @@ pub enum Kind {
     Ports,
     /// `https://…` without user, query and fragment.
     HttpsUrl,
+    /// `http://…` without user.
+    HttpUrl,
     /// A path.
     Path,
     /// `IP:port`.
@@ -56,6 +58,7 @@ impl Kind {
             Self::Port => "PORT",
             Self::Ports => "PORT,…",
             Self::HttpsUrl => "HTTPS-URL",
+            Self::HttpUrl => "HTTP-URL",
             Self::Path => "PATH",
             Self::Listen => "IP:PORT",
             Self::Endpoint => "IP[:PORT]",
@@ -344,6 +347,18 @@ pub static SETTINGS: &[Setting] = &[
         Kind::Ports,
         "",
         "In device mode: TCP ports that stay reachable from outside; 22 when empty and something listens there.",
+    ),
+    addition(
+        "CAPTIVE_PORTAL_URL",
+        Kind::HttpUrl,
+        "",
+        "Asked in the clear while blocked and without the pool: an answer other than 204, 4xx or 5xx is a login page. Empty: the pool's host at port 80.",
+    ),
+    addition(
+        "CAPTIVE_PORTAL_SECONDS",
+        Kind::Count { min: 1, max: 900 },
+        "300",
+        "Longest time that Portal lets a user's browser out to log in to the network.",
     ),
     addition(
         "TUNNEL_DNS",

@@ -40,6 +40,18 @@ pub(super) fn https_url(text: &str) -> Result<Url, String> {
     Ok(url)
 }
 
+/// An address that is asked in the clear, because what stands between can only answer such.
+pub(super) fn http_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text)
+        .ok()
+        .filter(|url| url.scheme() == "http" && url.has_host())
+        .ok_or("must be a URL like http://check.example/")?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("must not hold a user or password".to_owned());
+    }
+    Ok(url)
+}
+
 /// Decimal megabits per second to bits per second, exactly; digits below one bit are cut.
 pub(super) fn megabits(text: &str) -> Result<u64, String> {
     let wrong = || "must be a number of megabits per second up to 1000000, like 100 or 2.5".to_owned();

@@ -27,7 +27,7 @@ impl From<Error> for fdo::Error {
         match error {
             Error::Denied { .. } => Self::AccessDenied(text),
             Error::Argument(_) => Self::InvalidArgs(text),
-            Error::Ending | Error::NoProvider | Error::Payment(_) => Self::Failed(text),
+            Error::Ending | Error::NoProvider | Error::Portal(_) | Error::Payment(_) => Self::Failed(text),
         }
     }
 }
@@ -138,6 +138,27 @@ impl Daemon {
         Ok(reply)
     }
 
+    /// Lets the browser of this user (a Unix uid) out beside the tunnel for a while, to log in to a network that wants
+    /// that: `proxy`, the SOCKS5 proxy for it, `page`, what to open, and `ends_at`, Unix seconds. It ends earlier once the
+    /// pool can be reached.
+    async fn portal(
+        &self,
+        uid: u32,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<HashMap<String, OwnedValue>> {
+        let way = self.control.portal(caller(&header, connection).await?, uid).await?;
+        let fields = [
+            ("proxy", Value::from(format!("socks5://{}", way.proxy))),
+            ("page", Value::from(way.page.as_str())),
+            ("ends_at", Value::from(way.ends_at.as_second())),
+        ];
+        let owned = fields.into_iter().map(|(name, value)| Ok((name.to_owned(), value.try_into_owned()?)));
+        owned
+            .collect::<Result<_, zbus::zvariant::Error>>()
+            .map_err(|error| fdo::Error::Failed(error.to_string()))
+    }
+
     /// The whole status as JSON.
     async fn status(
         &self,
@@ -181,10 +202,36 @@ impl Daemon {
         self.control.line_word()
     }
 
+    /// What goes through the tunnel: `app` or `device`.
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn mode(&self) -> String {
+        self.control.status.borrow().mode.as_str().to_owned()
+    }
+
+    /// Whether nothing passes beside the tunnel.
+    #[zbus(property)]
+    fn blocking(&self) -> bool {
+        self.control.status.borrow().blocking
+    }
+
+    /// Whether the network wants a login: `none`, `found`, or `open` while somebody is let out for it.
+    #[zbus(property)]
+    fn portal_state(&self) -> String {
+        login_of(&self.control.status.borrow()).to_owned()
+    }
+
     /// Whether a restart goes on with a session.
     #[zbus(property)]
     fn autostart(&self) -> bool {
         self.control.status.borrow().autostart
+    }
+}
+
+fn login_of(status: &Status) -> &'static str {
+    match &status.portal {
+        None => "none",
+        Some(portal) if portal.open_until.is_some() => "open",
+        Some(_) => "found",
     }
 }
 
@@ -237,6 +284,12 @@ async fn announce(interface: InterfaceRef<Daemon>, mut status: watch::Receiver<S
         }
         if now.since != last.since {
             sent = sent.and(daemon.since_changed(emitter).await);
+        }
+        if now.blocking != last.blocking {
+            sent = sent.and(daemon.blocking_changed(emitter).await);
+        }
+        if login_of(&now) != login_of(&last) {
+            sent = sent.and(daemon.portal_state_changed(emitter).await);
         }
         if now.autostart != last.autostart {
             sent = sent.and(daemon.autostart_changed(emitter).await);

@@ -15,7 +15,12 @@ use dvpn_core::{audit::Event, session::Choice};
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{audit::Audit, logs::Tail};
+use crate::{
+    audit::Audit,
+    logs::Tail,
+    portal::{self, Way},
+    run::chain,
+};
 use denials::Denials;
 use payments::{Checkout, Payments};
 
@@ -38,6 +43,8 @@ pub enum Command {
     Stop(oneshot::Sender<()>),
     /// Use only these providers; a session with another one ends for one of these.
     Choose(Choice, oneshot::Sender<()>),
+    /// Let this user's browser out to log in to the network.
+    Portal(u32, oneshot::Sender<Result<Way, portal::Error>>),
     /// The token changed.
     TokenChanged,
     /// End the daemon; what blocks goes on blocking.
@@ -62,6 +69,9 @@ pub enum Error {
     /// Nothing to drain.
     #[error("this install is no provider: set NODE_REGISTER_ENABLED=true and NODE_ACCEPT_TERMS=true")]
     NoProvider,
+    /// Nobody is let out.
+    #[error("{0}")]
+    Portal(String),
     /// The checkout did not begin.
     #[error(transparent)]
     Payment(#[from] payments::Error),
@@ -154,6 +164,15 @@ impl Control {
         self.authorize(caller, "choose")?;
         let choice = dvpn_core::config::parse_choice(only, exclude).map_err(Error::Argument)?;
         self.send(|done| Command::Choose(choice, done)).await
+    }
+
+    /// Lets a user's browser out beside the tunnel for a while, to log in to the network.
+    pub async fn portal(&self, caller: Caller, uid: u32) -> Result<Way, Error> {
+        self.authorize(caller, "portal")?;
+        let (done, wait) = oneshot::channel();
+        self.commands.send(Command::Portal(uid, done)).await.ok().ok_or(Error::Ending)?;
+        let way = wait.await.ok().ok_or(Error::Ending)?;
+        way.map_err(|error| Error::Portal(chain(&error)))
     }
 
     /// Ends the daemon. What blocks traffic goes on blocking it.

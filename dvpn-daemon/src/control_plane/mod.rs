@@ -176,7 +176,8 @@ impl ControlPlane {
         told.map(|()| servers).map_err(Error::Firewall)
     }
 
-    async fn ask(&self, name: &str) -> Result<Vec<IpAddr>, Error> {
+    /// What the network's name servers say of a name at this moment: neither /etc/hosts nor what is remembered.
+    pub async fn ask(&self, name: &str) -> Result<Vec<IpAddr>, Error> {
         let servers = self.allow_servers().await?;
         let failed = |source| Error::Name {
             name: name.to_owned(),

@@ -4,6 +4,7 @@
 //! belongs to one task of its own ([`device`]), the requests to [`requests`].
 
 mod device;
+mod login;
 mod pool;
 mod releases;
 mod requests;
@@ -45,6 +46,7 @@ use crate::{
     state::State,
 };
 use device::Order;
+use login::Login;
 use requests::{Keys, Requests};
 
 /// How long the end of the daemon waits for the pool to take the connection back.
@@ -145,6 +147,7 @@ pub struct Driver {
     stopping: Vec<oneshot::Sender<()>>,
     /// Of a start over SSH.
     rollback: Rollback,
+    login: Login,
 }
 
 /// Both ends of what the driver shows: made first, so that the control servers can stand before the stored state is
@@ -227,6 +230,7 @@ impl Driver {
             usable: views.path,
             stopping: Vec::new(),
             rollback: Rollback::default(),
+            login: Login::new(),
         }
     }
 
@@ -250,8 +254,9 @@ impl Driver {
             self.settle().await;
             let deadline = self.session.poll_timeout().map(|(at, _reason)| at);
             let taken_back = self.rollback.due().map(|(at, _)| at);
+            let login = self.login.due_at();
             let sleep = async {
-                match deadline.into_iter().chain(taken_back).min() {
+                match deadline.into_iter().chain(taken_back).chain(login).min() {
                     Some(at) => tokio::time::sleep_until(Instant::from_std(at)).await,
                     None => std::future::pending().await,
                 }
@@ -260,6 +265,7 @@ impl Driver {
                 Some(input) = self.inputs.recv() => self.feed(input),
                 Some(command) = commands.recv() => {
                     if let Some(ended) = self.obey(command).await {
+                        self.end_login().await;
                         self.leases.end().await;
                         return ended;
                     }
@@ -270,18 +276,23 @@ impl Driver {
                     self.feed_config().await;
                 }
                 Some(event) = events.recv() => self.on_machine(event).await,
+                Some(look) = self.login.looks.recv() => self.network_looked(look).await,
                 Ok(()) = path.changed() => {}
                 Some(_) = OptionFuture::from(signs_of_life.as_mut().map(Interval::tick)) => self.show_life(),
                 () = sleep => {
                     if self.rollback.is_due(now().instant) {
                         self.take_back();
                     }
+                    self.login_due().await;
                     self.session.handle_timeout(now());
                 }
-                how = &mut terminate => return match how {
-                    Termination::Stop => self.terminate().await,
-                    Termination::Restart => self.make_way(),
-                },
+                how = &mut terminate => {
+                    self.end_login().await;
+                    return match how {
+                        Termination::Stop => self.terminate().await,
+                        Termination::Restart => self.make_way(),
+                    };
+                }
             }
         }
     }
@@ -389,6 +400,7 @@ impl Driver {
                 self.feed_config().await;
                 answer(done);
             }
+            Command::Portal(uid, done) => self.let_out(uid, done).await,
             Command::TokenChanged => {
                 self.requests.forget_token();
                 self.feed(Input::TokenChanged);
@@ -414,6 +426,7 @@ impl Driver {
         if self.configured && status::is_at_rest(self.session.state()) {
             self.clear().await;
         }
+        self.follow_login().await;
         self.publish();
     }
 
@@ -502,6 +515,7 @@ impl Driver {
     fn publish(&mut self) {
         self.running.retain(|_, task| !task.is_finished());
         let mut status = status::of(&self.session, &self.parts.config, self.autostart);
+        status::show_login(&mut status, self.login.decided());
         status.confirm_by = self.rollback.due().map(|(_, at)| at);
         status.backend = self.path.borrow().as_ref().and(*self.backend.borrow());
         let flows = status::carries_traffic(status.state);

@@ -1,7 +1,12 @@
 //! The session as others see it.
 
-use dvpn_common::status::{PaymentStatus, StateName, Status};
-use dvpn_core::{config::Config, session::Session};
+use dvpn_common::status::{ModeName, PaymentStatus, StateName, Status};
+use dvpn_core::{
+    config::{Config, Mode},
+    firewall::Policy,
+    portal::Portal,
+    session::Session,
+};
 use jiff::Timestamp;
 
 /// Before the stored state is opened.
@@ -11,6 +16,12 @@ pub(super) fn starting(config: &Config) -> Status {
         state: StateName::Disconnected,
         since: Timestamp::now(),
         autostart: false,
+        mode: match config.tunnel.mode {
+            Mode::App => ModeName::App,
+            Mode::Device => ModeName::Device,
+        },
+        blocking: false,
+        portal: None,
         provider: None,
         candidates: Vec::new(),
         payment: PaymentStatus::Unknown,
@@ -36,6 +47,7 @@ pub(super) fn of(session: &Session, config: &Config, autostart: bool) -> Status 
         state: seen.state,
         since: seen.since,
         autostart,
+        blocking: matches!(session.firewall(), Some(Policy::Blocked(_))) && !seen.leaking,
         provider: seen.provider,
         candidates: seen.candidates,
         payment: seen.payment,
@@ -47,6 +59,12 @@ pub(super) fn of(session: &Session, config: &Config, autostart: bool) -> Status 
         tx_bytes: seen.traffic.tx_bytes,
         ..starting(config)
     }
+}
+
+/// A network that wants a login is the reason of whatever else is wrong.
+pub(super) fn show_login(status: &mut Status, portal: &Portal) {
+    status.portal = portal.status();
+    status.problem = portal.problem().or(status.problem.take());
 }
 
 /// Whether applications may send: a degraded tunnel is being repaired, and what waits in it need not be cut off.

@@ -21,6 +21,7 @@ use super::{
     neighbours::Neighbourhood,
     netlink::Selector,
     nft::{self, expr::Family},
+    portal_opening::PortalOpening,
     provider::remembered,
 };
 
@@ -66,6 +67,8 @@ pub(super) struct ClientSide {
     /// As they were last seen.
     around: Neighbourhood,
     inbound: Vec<u16>,
+    /// For a login to the network.
+    pub(super) portal: Option<PortalOpening>,
     /// Settings to put back. The table remembers them too, for a run after this one; but somebody may flush it.
     remembered: Vec<Remembered>,
     /// Something was asked for in this run. Before, what an earlier one left is left alone: it may be blocking.
@@ -87,6 +90,7 @@ impl Default for ClientSide {
             resolvers: BTreeSet::new(),
             around: Neighbourhood::default(),
             inbound: Vec::new(),
+            portal: None,
             remembered: Vec::new(),
             told: false,
             committer: None,
@@ -136,6 +140,7 @@ impl ClientSide {
             inbound: &self.inbound,
             served: &device.served,
             neighbours: &self.around.neighbours,
+            portal: self.portal.as_ref(),
         });
         let facts = client_policy::Facts {
             guarded: &self.guarded,
@@ -404,7 +409,7 @@ fn commit_with_settings(side: &mut ClientSide) -> Result<(), Error> {
 }
 
 /// The table alone, if it stands.
-fn commit_standing(side: &mut ClientSide) -> Result<(), Error> {
+pub(super) fn commit_standing(side: &mut ClientSide) -> Result<(), Error> {
     if side.has_table() { commit(side) } else { Ok(()) }
 }
 

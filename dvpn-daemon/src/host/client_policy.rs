@@ -8,9 +8,13 @@
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
+    time::Instant,
 };
 
-use dvpn_core::firewall::{Exemptions, ProbeTarget};
+use dvpn_core::{
+    firewall::{Exemptions, ProbeTarget},
+    portal,
+};
 use ipnetwork::IpNetwork;
 use netlink_packet_netfilter::nftables::InetHookNumber;
 
@@ -18,6 +22,7 @@ use super::{
     CLIENT_INTERFACE, CLIENT_TABLE, PROVIDER_INTERFACE,
     forwarding::Remembered,
     neighbours::Neighbour,
+    portal_opening::PortalOpening,
     nft::{
         batch::{Attach, Batch},
         expr::{ECHO_REQUEST, ECHO_REQUEST_V6, Family, ICMP, ICMPV6, Rule, TCP, UDP},
@@ -36,6 +41,9 @@ pub const FOREIGN_SOURCE: &str = "tunnel_foreign_source";
 pub const BLOCKED_OUT: &str = "blocked_out";
 /// Counter: packets that came in beside the tunnel while that is blocked.
 pub const BLOCKED_IN: &str = "blocked_in";
+
+/// Holds TCP for as long as somebody is let out to log in to the network.
+const PORTAL_LEASE: &str = "portal";
 
 const COUNTERS: [&str; 6] = [
     SOURCE_ELSEWHERE,
@@ -99,6 +107,8 @@ pub(super) struct Device<'a> {
     pub(super) served: &'a [u16],
     /// Networks that stay reachable.
     pub(super) neighbours: &'a [Neighbour],
+    /// For a login to the network.
+    pub(super) portal: Option<&'a PortalOpening>,
 }
 
 /// The whole table, `owned` by whoever commits it or by nobody. A `fresh` one begins its counters at zero, another goes on
@@ -125,6 +135,10 @@ pub(super) fn table(facts: &Facts<'_>, fresh: bool, owned: bool) -> Batch {
             batch.flush_chain(name);
         }
     }
+    // With what is left of it at this moment: the table may be made again while it stands.
+    let portal = facts.device.as_ref().and_then(|device| device.portal);
+    let left = portal.map(|portal| portal.until.saturating_duration_since(Instant::now()));
+    batch.lease(PORTAL_LEASE, TCP, left);
     for setting in facts.remembered {
         batch.rule("remembered", Rule::new().done().comment(&setting.to_comment()));
     }
@@ -321,6 +335,25 @@ fn by_address(batch: &mut Batch, device: &Device<'_>, exemptions: &Exemptions) {
     }
     for port in device.served {
         batch.rule("beside", Rule::new().source_port(UDP, *port).accept());
+    }
+    if let Some(opening) = device.portal {
+        login(batch, opening);
+    }
+}
+
+/// Where a login may go. The kernel ends it by itself: each rule holds only while the lease does.
+fn login(batch: &mut Batch, opening: &PortalOpening) {
+    for port in portal::PORTS {
+        let anywhere = Rule::new().port(TCP, port);
+        batch.rule("beside", anywhere.while_leased(PORTAL_LEASE).accept());
+    }
+    for place in &opening.places {
+        let there = Rule::new().to(&IpNetwork::from(place.address));
+        let there = match place.port {
+            Some(port) => there.port(TCP, port),
+            None => there.protocol(TCP),
+        };
+        batch.rule("beside", there.while_leased(PORTAL_LEASE).accept());
     }
 }
 

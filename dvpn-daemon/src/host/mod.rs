@@ -17,6 +17,7 @@ mod metered;
 mod neighbours;
 mod netlink;
 mod nft;
+mod portal_opening;
 mod provider;
 mod provider_meter;
 mod provider_policy;
@@ -36,6 +37,7 @@ pub use client_policy::{
 };
 pub use metered::is_metered;
 pub use nft::read::CounterValue;
+pub use portal_opening::PortalOpening;
 pub use provider::ProviderNetwork;
 pub use provider_meter::{CONNECTION_BURST, CONNECTIONS_PER_SECOND, Carried, MAX_CONNECTIONS};
 pub use provider_policy::refused;

@@ -6,6 +6,7 @@
 
 mod error;
 mod payment;
+mod plain;
 mod pool;
 mod speed;
 mod tls;
@@ -20,6 +21,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 pub use error::{Error, Target, TlsProblem};
 pub use payment::Payment;
+pub use plain::Plain;
 pub(crate) use pool::challenge;
 pub use pool::{Answer, Pool};
 use reqwest::{

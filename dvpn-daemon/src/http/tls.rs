@@ -24,13 +24,23 @@ pub(super) fn config(options: &Options) -> Result<ClientConfig, Error> {
         Some(file) => Arc::new(from_file(file)?),
         None => system()?,
     };
-    let mut config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+    let mut config = trusting(roots)?;
+    config.resumption = Resumption::in_memory_sessions(RESUMED_SESSIONS);
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// Trusts nobody: for a client that speaks no TLS.
+pub(super) fn nobody() -> Result<ClientConfig, Error> {
+    trusting(Arc::new(RootCertStore::empty()))
+}
+
+fn trusting(roots: Arc<RootCertStore>) -> Result<ClientConfig, Error> {
+    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_protocol_versions(&[&TLS13, &TLS12])
         .map_err(|source| Error::TlsSetup { source })?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    config.resumption = Resumption::in_memory_sessions(RESUMED_SESSIONS);
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
 }
 

@@ -118,7 +118,7 @@ pub(super) async fn admitted(destination: TargetAddr, path: &TunnelPath) -> Resu
     clippy::wildcard_enum_match_arm,
     reason = "ErrorKind is open; what is not named here has no reply of its own"
 )]
-fn reply(error: &io::Error) -> ReplyError {
+pub(crate) fn reply(error: &io::Error) -> ReplyError {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => ReplyError::ConnectionRefused,
         io::ErrorKind::NetworkUnreachable | io::ErrorKind::NetworkDown => ReplyError::NetworkUnreachable,

@@ -6,10 +6,10 @@
 //! for the end of its data.
 
 mod auth;
-mod connect;
+pub(crate) mod connect;
 mod destination;
 mod header;
-mod negotiation;
+pub(crate) mod negotiation;
 mod path;
 mod udp;
 

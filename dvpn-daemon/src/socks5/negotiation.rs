@@ -13,10 +13,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::auth::{Credentials, Password};
 
 /// What a client asks for, and the connection to answer it on.
-pub(super) type Request<T> = (Socks5ServerProtocol<T, CommandRead>, Socks5Command, TargetAddr);
+pub(crate) type Request<T> = (Socks5ServerProtocol<T, CommandRead>, Socks5Command, TargetAddr);
 
 /// Reads a request. With `credentials` no other method than user and password is accepted, without them none but none.
-pub(super) async fn read<T: AsyncRead + AsyncWrite + Unpin>(
+pub(crate) async fn read<T: AsyncRead + AsyncWrite + Unpin>(
     client: T,
     credentials: Option<&Credentials>,
 ) -> Result<Request<T>, SocksServerError> {

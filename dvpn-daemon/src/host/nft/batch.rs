@@ -38,6 +38,17 @@ const NFTA_SET_DESC_SIZE: u16 = 1;
 const SET_TIMEOUT: u32 = 0x10;
 /// Rules may add elements (`NFT_SET_EVAL`).
 const SET_DYNAMIC: u32 = 0x20;
+const NFT_MSG_NEWSETELEM: u8 = 12;
+const NFT_MSG_DELSETELEM: u8 = 14;
+const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
+const NFTA_SET_ELEM_LIST_SET: u16 = 2;
+const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const NFTA_LIST_ELEM: u16 = 1;
+const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_SET_ELEM_TIMEOUT: u16 = 4;
+const NFTA_DATA_VALUE: u16 = 1;
+/// nft(8)'s number for `inet_proto`; the kernel only hands it back.
+const TYPE_PROTOCOL: u32 = 12;
 const NF_ACCEPT: u32 = 1;
 
 /// Where a base chain is attached.
@@ -209,6 +220,54 @@ impl Batch {
         attributes.extend(timeout.map(|ms| DefaultNla::new(NFTA_SET_TIMEOUT, ms.to_be_bytes().to_vec())));
         let attributes = attributes.into_iter().map(SetAttribute::Other).collect();
         self.push(NLM_F_CREATE, NfTablesMessage::NewSet(SetMessage { attributes }));
+    }
+
+    /// Makes a set of transport protocols that holds `protocol` for as long as `left`, and nothing otherwise. It is the
+    /// kernel that takes it out, whatever becomes of this process.
+    pub(crate) fn lease(&mut self, name: &str, protocol: u8, left: Option<Duration>) {
+        self.sets += 1;
+        let whole = [
+            DefaultNla::new(NFTA_SET_TABLE, nul_terminated(&self.table)),
+            DefaultNla::new(NFTA_SET_NAME, nul_terminated(name)),
+            be32(NFTA_SET_FLAGS, SET_TIMEOUT),
+            be32(NFTA_SET_KEY_TYPE, TYPE_PROTOCOL),
+            be32(NFTA_SET_KEY_LEN, 1),
+            be32(NFTA_SET_ID, self.sets),
+        ];
+        let attributes = whole.map(SetAttribute::Other).to_vec();
+        self.push(NLM_F_CREATE, NfTablesMessage::NewSet(SetMessage { attributes }));
+        let which = || {
+            vec![
+                DefaultNla::new(NFTA_SET_ELEM_LIST_TABLE, nul_terminated(&self.table)),
+                DefaultNla::new(NFTA_SET_ELEM_LIST_SET, nul_terminated(name)),
+            ]
+        };
+        let mut element = which();
+        // Without elements it is all of them.
+        let all = NfTablesMessage::Other {
+            message_type: NFT_MSG_DELSETELEM,
+            attributes: which(),
+        };
+        self.push(0, all);
+        let left = left.and_then(|left| u64::try_from(left.as_millis()).ok());
+        // Zero would stand for ever.
+        let Some(left_ms) = left.filter(|left| *left > 0) else {
+            return;
+        };
+        let key = nested(
+            NFTA_SET_ELEM_KEY,
+            &[DefaultNla::new(NFTA_DATA_VALUE, vec![protocol])],
+        );
+        let timeout = DefaultNla::new(NFTA_SET_ELEM_TIMEOUT, left_ms.to_be_bytes().to_vec());
+        element.push(nested(
+            NFTA_SET_ELEM_LIST_ELEMENTS,
+            &[nested(NFTA_LIST_ELEM, &[key, timeout])],
+        ));
+        let add = NfTablesMessage::Other {
+            message_type: NFT_MSG_NEWSETELEM,
+            attributes: element,
+        };
+        self.push(NLM_F_CREATE, add);
     }
 
     /// How many rules it makes.

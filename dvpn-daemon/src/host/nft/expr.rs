@@ -132,6 +132,13 @@ impl Rule {
     pub(crate) fn protocol(self, number: u8) -> Self {
         self.meta(MetaKey::L4Proto).compare(Operator::Equal, vec![number])
     }
+    /// Only packets of a transport protocol that is in the set at this moment; see [`super::batch::Batch::lease`].
+    pub(crate) fn while_leased(self, set: &str) -> Self {
+        let mut rule = self.meta(MetaKey::L4Proto);
+        let attributes = vec![DefaultNla::new(1, nul_terminated(set)), be32(2, Register::Reg1.into())];
+        rule.expressions.push(other("lookup", attributes));
+        rule
+    }
     /// Only packets of this protocol to this port.
     pub(crate) fn port(self, protocol: u8, port: u16) -> Self {
         self.protocol(protocol)

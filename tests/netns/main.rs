@@ -17,6 +17,7 @@
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
 //! | `kills` | pool, provider and client killed at random points of everything they do together |
+//! | `portal` | a network that wants a login: it is told, and lets one user's browser out for that and nothing else |
 //! | `release` | a connection that ends while the pool is down is given back later |
 //! | `renewal` | a fresh key under a running tunnel, without a lost packet, also when the pool's answer is lost |
 //! | `rotation` | the pool changes its key under a running tunnel |
@@ -40,6 +41,7 @@ mod measuring;
 mod one_click;
 mod owner;
 mod payment;
+mod portal;
 mod release;
 mod renewal;
 mod rotation;

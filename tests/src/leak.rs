@@ -50,9 +50,21 @@ struct Flood {
 impl LeakWatch {
     /// Begins on a client that blocks nothing yet: the planted leaks must be seen.
     pub fn begin(client: &Machine) -> Result<Self> {
+        Self::begin_with(client, |_| false)
+    }
+
+    /// The same where the network expects more of the client than it does usually.
+    pub fn begin_with(client: &Machine, expected: impl Fn(&Packet) -> bool + Send + 'static) -> Result<Self> {
+        let expected = move |frame: &[u8]| {
+            let planted = frame.ends_with(PAYLOAD);
+            !planted && Packet::in_frame(frame).is_some_and(|packet| expected(&packet))
+        };
         let mine = hardware_address(&client.namespace, UPLINK)?;
         let capture = Capture::start(&client.namespace, UPLINK, move |frame| {
-            frame.get(6..12) == Some(mine.as_slice()) && !is_housekeeping(frame) && !is_expected(frame)
+            frame.get(6..12) == Some(mine.as_slice())
+                && !is_housekeeping(frame)
+                && !is_expected(frame)
+                && !expected(frame)
         })?;
         // IPv6 without a router: an application can reach its own link.
         client.namespace.ip(&format!(

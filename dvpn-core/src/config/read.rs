@@ -16,8 +16,8 @@ use url::Url;
 
 use super::values::{endpoint, http_url, https_url, megabits, port};
 use super::{
-    BandwidthConfig, Config, ControlConfig, Error, Errors, FallbackConfig, Kind, Mode, NodeConfig, PortalConfig, SETTINGS,
-    Secret, Setting, Socks5Config, Source, TunnelSettings, find,
+    BandwidthConfig, Config, ControlConfig, Error, Errors, FallbackConfig, Kind, Mode, NodeConfig, PortalConfig,
+    SETTINGS, Secret, Setting, Socks5Config, Source, TunnelSettings, find,
 };
 use crate::{address::is_unicast, node::Rules, session::Choice, text::excerpt};
 

@@ -43,6 +43,10 @@ fn the_defaults_are_those_of_the_contract() {
         (config.bandwidth.sample, config.bandwidth.total_bits_per_second),
         (Duration::from_secs(8), None)
     );
+    assert_eq!(
+        (config.portal.url, config.portal.open_for),
+        (None, Duration::from_mins(5))
+    );
     assert_eq!(config.socks5.listen, "127.0.0.1:1080".parse().unwrap());
     assert_eq!(config.control.listen, "127.0.0.1:9808".parse().unwrap());
     assert_eq!(config.state_directory, PathBuf::from("/var/lib/dvpn"));
@@ -324,5 +328,24 @@ proptest! {
     #[test]
     fn no_file_makes_the_reader_panic(text in "[a-z_ =\"\\[\\]{}.,0-9\n]{0,200}") {
         drop(Source::toml("fuzz", &text));
+    }
+}
+
+#[test]
+fn what_is_asked_in_the_clear_is_plain_http_and_the_opening_is_short() {
+    let config = good(&[
+        ("CAPTIVE_PORTAL_URL", "http://check.example/x?y=1"),
+        ("CAPTIVE_PORTAL_SECONDS", "900"),
+    ]);
+    assert_eq!(config.portal.url.unwrap().as_str(), "http://check.example/x?y=1");
+    assert_eq!(config.portal.open_for, Duration::from_mins(15));
+    for (name, value) in [
+        ("CAPTIVE_PORTAL_URL", "https://check.example/"),
+        ("CAPTIVE_PORTAL_URL", "check.example"),
+        ("CAPTIVE_PORTAL_URL", "http://me:secret@check.example/"),
+        ("CAPTIVE_PORTAL_SECONDS", "0"),
+        ("CAPTIVE_PORTAL_SECONDS", "901"),
+    ] {
+        assert!(errors(&[(name, value)]).contains(name), "{value}");
     }
 }

@@ -203,11 +203,9 @@ impl Portal {
             PortalSign::Certificate => "somebody else answers in the pool's place",
         };
         let how = match self.opening {
-            None => {
-                "call the D-Bus method Portal with your user id (busctl call org.dvpn.Daemon1 /org/dvpn/Daemon1 \
+            None => "call the D-Bus method Portal with your user id (busctl call org.dvpn.Daemon1 /org/dvpn/Daemon1 \
                  org.dvpn.Daemon1 Portal u 1000) and open the page it names in a browser that uses the proxy it names"
-                    .to_owned()
-            }
+                .to_owned(),
             Some(opening) => format!(
                 "user {} can log in by a browser that uses the proxy which Portal named, until {}",
                 opening.uid, opening.ends_at
@@ -271,7 +269,10 @@ mod tests {
         assert_eq!(portal.asked(ANN, true), Ok(Some(first)));
         assert_eq!(portal.open(ANN, true, &PORTAL, LENGTH, again), Ok(first));
         assert_eq!(portal.asked(BEN, true), Err(Refusal::Another(ANN)));
-        assert_eq!(portal.open(BEN, true, &PORTAL, LENGTH, again), Err(Refusal::Another(ANN)));
+        assert_eq!(
+            portal.open(BEN, true, &PORTAL, LENGTH, again),
+            Err(Refusal::Another(ANN))
+        );
         assert_eq!(portal.opening(), Some(first));
     }
 
@@ -281,7 +282,10 @@ mod tests {
         let end = later(now, LENGTH);
 
         let mut portal = opened(now);
-        assert_eq!(portal.due(later(now, LENGTH.saturating_sub(Duration::from_millis(1)))), Some(Due::Look));
+        assert_eq!(
+            portal.due(later(now, LENGTH.saturating_sub(Duration::from_millis(1)))),
+            Some(Due::Look)
+        );
         assert_eq!(portal.due_at(), Some(end.instant));
         assert_eq!(portal.due(end), Some(Due::Close(Ended::Over)));
         assert_eq!((portal.opening(), portal.due(end), portal.due_at()), (None, None, None));
@@ -289,7 +293,10 @@ mod tests {
 
         let mut portal = opened(now);
         assert_eq!(portal.looked(&Verdict::Reached, true, now), Some(Ended::Reached));
-        assert_eq!((portal.opening(), portal.status(), portal.problem()), (None, None, None));
+        assert_eq!(
+            (portal.opening(), portal.status(), portal.problem()),
+            (None, None, None)
+        );
         assert_eq!(portal.looked(&Verdict::Reached, true, now), None, "once");
 
         for (blocking, connected, ended) in [

@@ -174,7 +174,12 @@ mod tests {
             "http://pool.example/generate_204"
         );
         let six = url("https://[2001:db8::1]/providers");
-        assert!(check_url(None, &six).unwrap().as_str().starts_with("http://[2001:db8::1]/"));
+        assert!(
+            check_url(None, &six)
+                .unwrap()
+                .as_str()
+                .starts_with("http://[2001:db8::1]/")
+        );
         let other = url("http://check.example/");
         assert_eq!(check_url(Some(&other), &pool), Some(other));
     }
@@ -187,8 +192,16 @@ mod tests {
             (204, None, PageAnswer::Ordinary),
             (200, None, login("http://pool.example/x")),
             (511, None, login("http://pool.example/x")),
-            (302, Some("http://192.168.1.1:8880/guest"), login("http://192.168.1.1:8880/guest")),
-            (307, Some("https://login.hotel.example/"), login("https://login.hotel.example/")),
+            (
+                302,
+                Some("http://192.168.1.1:8880/guest"),
+                login("http://192.168.1.1:8880/guest"),
+            ),
+            (
+                307,
+                Some("https://login.hotel.example/"),
+                login("https://login.hotel.example/"),
+            ),
             (303, Some("/login"), login("http://pool.example/login")),
             (301, Some("https://pool.example/x"), PageAnswer::Ordinary),
             (301, Some("https://pool.example:8443/y"), PageAnswer::Ordinary),
@@ -216,15 +229,57 @@ mod tests {
             (none, PoolAnswer::Itself, PageAnswer::Nothing, false, Verdict::Reached),
             (none, PoolAnswer::Nothing, login(), false, portal(PortalSign::Page)),
             (&[OWN], PoolAnswer::Unvouched, login(), true, portal(PortalSign::Page)),
-            (&[LAN], PoolAnswer::Nothing, PageAnswer::Nothing, false, portal(PortalSign::Name)),
-            (&["127.0.0.1"], PoolAnswer::Nothing, PageAnswer::Ordinary, false, portal(PortalSign::Name)),
-            (&[OWN, "fd00::1"], PoolAnswer::Unvouched, PageAnswer::Ordinary, false, portal(PortalSign::Name)),
+            (
+                &[LAN],
+                PoolAnswer::Nothing,
+                PageAnswer::Nothing,
+                false,
+                portal(PortalSign::Name),
+            ),
+            (
+                &["127.0.0.1"],
+                PoolAnswer::Nothing,
+                PageAnswer::Ordinary,
+                false,
+                portal(PortalSign::Name),
+            ),
+            (
+                &[OWN, "fd00::1"],
+                PoolAnswer::Unvouched,
+                PageAnswer::Ordinary,
+                false,
+                portal(PortalSign::Name),
+            ),
             (&[LAN], PoolAnswer::Nothing, PageAnswer::Nothing, true, Verdict::Unknown),
-            (&[OWN], PoolAnswer::Stranger, PageAnswer::Nothing, false, portal(PortalSign::Certificate)),
+            (
+                &[OWN],
+                PoolAnswer::Stranger,
+                PageAnswer::Nothing,
+                false,
+                portal(PortalSign::Certificate),
+            ),
             // A pool whose certificate is wrong, or whose authority this machine does not know, is no portal.
-            (&[OWN], PoolAnswer::Stranger, PageAnswer::Ordinary, false, Verdict::Unknown),
-            (&[OWN], PoolAnswer::Unvouched, PageAnswer::Nothing, false, Verdict::Unknown),
-            (&[OWN], PoolAnswer::Nothing, PageAnswer::Ordinary, false, Verdict::Unknown),
+            (
+                &[OWN],
+                PoolAnswer::Stranger,
+                PageAnswer::Ordinary,
+                false,
+                Verdict::Unknown,
+            ),
+            (
+                &[OWN],
+                PoolAnswer::Unvouched,
+                PageAnswer::Nothing,
+                false,
+                Verdict::Unknown,
+            ),
+            (
+                &[OWN],
+                PoolAnswer::Nothing,
+                PageAnswer::Ordinary,
+                false,
+                Verdict::Unknown,
+            ),
             (none, PoolAnswer::Nothing, PageAnswer::Nothing, false, Verdict::Unknown),
         ] {
             let seen = Seen {
@@ -239,7 +294,10 @@ mod tests {
     #[test]
     fn a_login_reaches_web_ports_and_the_portal_and_nothing_else() {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        let found = places(&[ip("192.168.1.1"), ip("198.51.100.7"), ip("127.0.0.1"), ip("::1")], 8880);
+        let found = places(
+            &[ip("192.168.1.1"), ip("198.51.100.7"), ip("127.0.0.1"), ip("::1")],
+            8880,
+        );
         assert_eq!(found.len(), 2, "{found:?}");
         for good in [
             "203.0.113.9:80",

@@ -153,7 +153,9 @@ impl Daemon {
             ("page", Value::from(way.page.as_str())),
             ("ends_at", Value::from(way.ends_at.as_second())),
         ];
-        let owned = fields.into_iter().map(|(name, value)| Ok((name.to_owned(), value.try_into_owned()?)));
+        let owned = fields
+            .into_iter()
+            .map(|(name, value)| Ok((name.to_owned(), value.try_into_owned()?)));
         owned
             .collect::<Result<_, zbus::zvariant::Error>>()
             .map_err(|error| fdo::Error::Failed(error.to_string()))

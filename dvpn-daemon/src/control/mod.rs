@@ -170,7 +170,11 @@ impl Control {
     pub async fn portal(&self, caller: Caller, uid: u32) -> Result<Way, Error> {
         self.authorize(caller, "portal")?;
         let (done, wait) = oneshot::channel();
-        self.commands.send(Command::Portal(uid, done)).await.ok().ok_or(Error::Ending)?;
+        self.commands
+            .send(Command::Portal(uid, done))
+            .await
+            .ok()
+            .ok_or(Error::Ending)?;
         let way = wait.await.ok().ok_or(Error::Ending)?;
         way.map_err(|error| Error::Portal(chain(&error)))
     }

@@ -211,7 +211,10 @@ impl Driver {
     async fn shut(&mut self, reason: Ended) {
         let held = self.login.held.take();
         if let Err(error) = self.parts.host.close_portal().await {
-            tracing::error!("the opening for the login stays until its time is over: {}", crate::run::chain(&error));
+            tracing::error!(
+                "the opening for the login stays until its time is over: {}",
+                crate::run::chain(&error)
+            );
         }
         if held.is_some() {
             tracing::info!(?reason, "nobody is let out to log in any more");

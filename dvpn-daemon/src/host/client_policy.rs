@@ -22,11 +22,11 @@ use super::{
     CLIENT_INTERFACE, CLIENT_TABLE, PROVIDER_INTERFACE,
     forwarding::Remembered,
     neighbours::Neighbour,
-    portal_opening::PortalOpening,
     nft::{
         batch::{Attach, Batch},
         expr::{ECHO_REQUEST, ECHO_REQUEST_V6, Family, ICMP, ICMPV6, Rule, TCP, UDP},
     },
+    portal_opening::PortalOpening,
 };
 
 /// Counter: packets with a tunnel source address that were about to leave by another interface.

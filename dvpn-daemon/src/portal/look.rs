@@ -1,4 +1,5 @@
-//! The three questions by which a network that wants a login is told from a dead one, asked at once by marked sockets.
+//! The three questions by which a network that wants a login is told from a dead one, asked by marked sockets. The one in
+//! the clear comes last, and only where the pool does not answer.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -28,14 +29,14 @@ pub struct Look {
     pub places: Vec<Place>,
 }
 
-/// Looks at the network now; nothing without a way to ask in the clear. At most twice as long as one question.
+/// Looks at the network now; nothing without a way to ask in the clear. At most three times as long as one question.
 pub async fn look(plane: &ControlPlane, pool: &Pool, clear: Option<&Url>, pool_private: bool) -> Option<Look> {
     let asked = check_url(clear, pool.url())?;
-    let (addresses, pool_answer, page) = tokio::join!(
-        addresses(plane, pool.url()),
-        handshake(pool),
-        question(plane, &asked)
-    );
+    let (addresses, pool_answer) = tokio::join!(addresses(plane, pool.url()), handshake(pool));
+    let page = match pool_answer {
+        PoolAnswer::Itself => PageAnswer::Nothing,
+        PoolAnswer::Stranger | PoolAnswer::Unvouched | PoolAnswer::Nothing => question(plane, &asked).await,
+    };
     let seen = Seen {
         addresses,
         pool: pool_answer,

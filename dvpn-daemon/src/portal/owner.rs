@@ -30,7 +30,11 @@ fn find(list: &str, near: SocketAddrV4, far: SocketAddrV4) -> Option<u32> {
 
 /// As the kernel writes it: the address's bytes as one number of the machine.
 fn written(address: SocketAddrV4) -> String {
-    format!("{:08X}:{:04X}", u32::from_ne_bytes(address.ip().octets()), address.port())
+    format!(
+        "{:08X}:{:04X}",
+        u32::from_ne_bytes(address.ip().octets()),
+        address.port()
+    )
 }
 
 #[cfg(test)]

@@ -254,10 +254,7 @@ impl Batch {
         let Some(left_ms) = left.filter(|left| *left > 0) else {
             return;
         };
-        let key = nested(
-            NFTA_SET_ELEM_KEY,
-            &[DefaultNla::new(NFTA_DATA_VALUE, vec![protocol])],
-        );
+        let key = nested(NFTA_SET_ELEM_KEY, &[DefaultNla::new(NFTA_DATA_VALUE, vec![protocol])]);
         let timeout = DefaultNla::new(NFTA_SET_ELEM_TIMEOUT, left_ms.to_be_bytes().to_vec());
         element.push(nested(
             NFTA_SET_ELEM_LIST_ELEMENTS,

@@ -12,7 +12,7 @@ use dvpn_common::{
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::{firewall::Policy, portal};
+use crate::{firewall::Policy, leak, portal};
 
 /// An audit event.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -138,6 +138,13 @@ pub enum Event {
     PortalClosed {
         /// Why.
         reason: portal::Ended,
+    },
+    /// A leak test was made.
+    LeakTested {
+        /// The worst of its rows.
+        verdict: leak::Verdict,
+        /// The rows that leak.
+        leaks: Vec<&'static str>,
     },
     /// A start over SSH was not confirmed.
     StartTakenBack,

@@ -12,6 +12,7 @@
 //! | [`grant`] | who gets how much of the line |
 //! | [`line`] | what the line carries: when it is measured, and what the samples say |
 //! | [`firewall`] | what may pass in which state |
+//! | [`leak`] | what a leak test on demand sends, and what follows from what was seen |
 //! | [`portal`] | whether a network wants a login, and for whom and how long one is let out for it |
 //! | [`dns`] | by which way programs are sent to the tunnel's name servers |
 //! | [`config`] | what the operator asked for |
@@ -30,6 +31,7 @@ pub mod dns;
 pub mod firewall;
 pub mod grant;
 pub mod keys;
+pub mod leak;
 pub mod line;
 pub mod node;
 pub mod payment;

@@ -9,6 +9,7 @@
 //! | [`fallback`] | the script that has a provider made, and the lease of it |
 //! | [`probe`] | latency of candidates |
 //! | [`socks5`], [`resolve`] | the proxy and its names, through the tunnel or not at all |
+//! | [`leak_test`] | sends what must not leave, and looks |
 //! | [`portal`] | whether the network wants a login, and the way out for one user's browser |
 //! | [`provider`] | the provider side: registration, peers, NAT, echo |
 //! | [`ebpf`] | tc programs: load, attach, pin, read |
@@ -26,6 +27,7 @@ pub mod ebpf;
 pub mod fallback;
 pub mod host;
 pub mod http;
+pub mod leak_test;
 pub mod line;
 pub mod logs;
 pub mod node;

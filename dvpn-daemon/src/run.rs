@@ -40,6 +40,7 @@ use crate::{
     ebpf,
     host::{self, DeviceConfig, Host, dns::Dns},
     http::{self, Payment, Pool},
+    leak_test::Tester,
     line,
     logs::{self, Tail},
     node::{self, Node},
@@ -236,14 +237,23 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     let views = Views::new(&config);
     let (side, node_view) = control::Provider::none_yet();
     let (commands, orders) = mpsc::channel(16);
+    let tester = Tester::new(
+        Arc::clone(&host),
+        config.tunnel.mode,
+        control_plane.clone(),
+        audit.clone(),
+    );
     let own_uid = nix::unistd::geteuid().as_raw();
     let control = Control::new(
         commands.clone(),
         views.status(),
         tail,
         audit.clone(),
-        payments.clone(),
-        side.clone(),
+        control::Services {
+            payments: payments.clone(),
+            provider: side.clone(),
+            tester,
+        },
         own_uid,
     );
     let lines = line::Views::new(&config, &state);

@@ -13,6 +13,7 @@
 //! | `fallback` | what the orchestrator does when the pool fails |
 //! | `owner` | a provider's hours and its month's volume, over crashes too |
 //! | `one_click` | the local network that a newcomer brings up: whole again after anything in it was killed |
+//! | `leak_test` | the leak test on demand: it sees no leak where none is, and each that is |
 //! | `measuring` | the line is measured at the pool |
 //! | `leaks` | nothing passes outside the tunnel |
 //! | `footprint` | memory, start, programs executed, what a crash leaves |
@@ -36,6 +37,7 @@ mod footprint;
 mod hostile;
 mod kills;
 mod lab;
+mod leak_test;
 mod leaks;
 mod measuring;
 mod one_click;

@@ -10,6 +10,7 @@ use dvpn_common::{
     dbus::{NAME, PATH},
     status::{LineStatus, Status},
 };
+use dvpn_core::leak::Row;
 use tokio::sync::watch;
 use zbus::{
     Connection, connection, fdo,
@@ -27,7 +28,9 @@ impl From<Error> for fdo::Error {
         match error {
             Error::Denied { .. } => Self::AccessDenied(text),
             Error::Argument(_) => Self::InvalidArgs(text),
-            Error::Ending | Error::NoProvider | Error::Portal(_) | Error::Payment(_) => Self::Failed(text),
+            Error::Ending | Error::NoProvider | Error::LeakTest(_) | Error::Portal(_) | Error::Payment(_) => {
+                Self::Failed(text)
+            }
         }
     }
 }
@@ -159,6 +162,18 @@ impl Daemon {
         owned
             .collect::<Result<_, zbus::zvariant::Error>>()
             .map_err(|error| fdo::Error::Failed(error.to_string()))
+    }
+
+    /// Tests whether anything leaves beside the tunnel: a name, a verdict (`good`, `not_promised`, `unknown`, `leak`) and
+    /// the reason in words for everything that was looked at. At most three seconds.
+    async fn leak_test(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> fdo::Result<Vec<(String, String, String)>> {
+        let rows = self.control.leak_test(caller(&header, connection).await?).await?;
+        let written = |row: Row| (row.name.to_owned(), row.verdict.as_str().to_owned(), row.detail);
+        Ok(rows.into_iter().map(written).collect())
     }
 
     /// The whole status as JSON.

@@ -11,12 +11,13 @@ mod origin;
 pub mod payments;
 
 use dvpn_common::status::{LineSource, LineStatus, NodeStatus, Status};
-use dvpn_core::{audit::Event, session::Choice};
+use dvpn_core::{audit::Event, leak::Row, session::Choice};
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     audit::Audit,
+    leak_test::Tester,
     logs::Tail,
     portal::{self, Way},
     run::chain,
@@ -69,6 +70,9 @@ pub enum Error {
     /// Nothing to drain.
     #[error("this install is no provider: set NODE_REGISTER_ENABLED=true and NODE_ACCEPT_TERMS=true")]
     NoProvider,
+    /// No leak test.
+    #[error("{0}")]
+    LeakTest(String),
     /// Nobody is let out.
     #[error("{0}")]
     Portal(String),
@@ -87,6 +91,7 @@ pub struct Control {
     denials: Denials,
     payments: Payments,
     provider: Provider,
+    tester: Tester,
     line: Option<watch::Receiver<LineStatus>>,
     own_uid: u32,
 }
@@ -109,6 +114,16 @@ impl Provider {
     }
 }
 
+/// What calls lead to besides the driver.
+pub struct Services {
+    /// Checkouts.
+    pub payments: Payments,
+    /// The provider side.
+    pub provider: Provider,
+    /// Leak tests.
+    pub tester: Tester,
+}
+
 impl Control {
     /// Makes the handle; `own_uid` is the user the daemon runs as, who may control it like root.
     pub fn new(
@@ -116,10 +131,14 @@ impl Control {
         status: watch::Receiver<Status>,
         tail: Tail,
         audit: Audit,
-        payments: Payments,
-        provider: Provider,
+        services: Services,
         own_uid: u32,
     ) -> Self {
+        let Services {
+            payments,
+            provider,
+            tester,
+        } = services;
         Self {
             commands,
             status,
@@ -128,6 +147,7 @@ impl Control {
             audit,
             payments,
             provider,
+            tester,
             line: None,
             own_uid,
         }
@@ -177,6 +197,13 @@ impl Control {
             .ok_or(Error::Ending)?;
         let way = wait.await.ok().ok_or(Error::Ending)?;
         way.map_err(|error| Error::Portal(chain(&error)))
+    }
+
+    /// Tests whether anything leaves beside the tunnel.
+    pub async fn leak_test(&self, caller: Caller) -> Result<Vec<Row>, Error> {
+        self.authorize(caller, "leak_test")?;
+        let tested = self.tester.run().await;
+        tested.map_err(|error| Error::LeakTest(chain(&error)))
     }
 
     /// Ends the daemon. What blocks traffic goes on blocking it.

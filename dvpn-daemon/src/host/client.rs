@@ -100,7 +100,7 @@ impl Default for ClientSide {
 }
 
 impl ClientSide {
-    fn exemptions(&self) -> Option<&Exemptions> {
+    pub(super) fn exemptions(&self) -> Option<&Exemptions> {
         match &self.policy {
             Policy::Blocked(exemptions) => Some(exemptions),
             Policy::Open => None,
@@ -118,7 +118,7 @@ impl ClientSide {
         self.standing_device().is_some() || !self.guarded.is_empty()
     }
 
-    fn addresses(&self) -> &[IpNetwork] {
+    pub(super) fn addresses(&self) -> &[IpNetwork] {
         self.network.as_ref().map_or(&[], |network| &network.addresses)
     }
 
@@ -276,7 +276,7 @@ impl Host {
     }
 
     /// What of it does not stand any more.
-    async fn client_lost(&self, side: &ClientSide) -> Result<Option<&'static str>, Error> {
+    pub(super) async fn client_lost(&self, side: &ClientSide) -> Result<Option<&'static str>, Error> {
         let rules = nft::read::rules(CLIENT_TABLE).map_err(|source| Error::FirewallRead {
             table: CLIENT_TABLE,
             source,

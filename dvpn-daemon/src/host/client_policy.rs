@@ -135,10 +135,11 @@ pub(super) fn table(facts: &Facts<'_>, fresh: bool, owned: bool) -> Batch {
             batch.flush_chain(name);
         }
     }
-    // With what is left of it at this moment: the table may be made again while it stands.
-    let portal = facts.device.as_ref().and_then(|device| device.portal);
-    let left = portal.map(|portal| portal.until.saturating_duration_since(Instant::now()));
-    batch.lease(PORTAL_LEASE, TCP, left);
+    if let Some(device) = &facts.device {
+        // With what is left of it at this moment: the table may be made again while it stands.
+        let left = |opening: &PortalOpening| opening.until.saturating_duration_since(Instant::now());
+        batch.lease(PORTAL_LEASE, TCP, device.portal.map(left));
+    }
     for setting in facts.remembered {
         batch.rule("remembered", Rule::new().done().comment(&setting.to_comment()));
     }

@@ -11,6 +11,7 @@ mod cleanup;
 mod client;
 mod client_policy;
 pub mod dns;
+mod exposure;
 mod forwarding;
 mod here;
 mod metered;
@@ -35,6 +36,7 @@ pub use client::{ClientNetwork, DeviceConfig};
 pub use client_policy::{
     BLOCKED_IN, BLOCKED_OUT, DESTINATION_ELSEWHERE, FOREIGN_SOURCE, SOURCE_ELSEWHERE, UNSOLICITED,
 };
+pub use exposure::Exposure;
 pub use metered::is_metered;
 pub use nft::read::CounterValue;
 pub use portal_opening::PortalOpening;

@@ -263,7 +263,7 @@ fn sent(name: &'static str, probes: &[(Probe, Option<String>)], capture: &Captur
                 .map(|(_, (probe, _))| probe.to_string())
                 .collect();
             if left.is_empty() {
-                let detail = format!("{taken} packets sent and none seen to leave, {refused} refused by the kernel");
+                let detail = format!("packets sent: {taken}, seen to leave: none, refused by the kernel: {refused}");
                 row(name, Verdict::Good, detail)
             } else {
                 row(
@@ -276,12 +276,12 @@ fn sent(name: &'static str, probes: &[(Probe, Option<String>)], capture: &Captur
         Capture::Blind(_) if taken == 0 => row(
             name,
             Verdict::Good,
-            format!("{refused} packets, all refused by the kernel"),
+            format!("packets refused by the kernel: {refused}, that is all"),
         ),
         Capture::Blind(_) => row(
             name,
             Verdict::Unknown,
-            format!("{taken} packets sent and nobody looked"),
+            format!("packets sent: {taken}, and nobody looked"),
         ),
     }
 }

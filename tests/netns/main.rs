@@ -3,6 +3,7 @@
 //! | module | shows |
 //! |---|---|
 //! | `lab` | that the local network does what it says |
+//! | `blocked` | while everything is blocked a program is told so at once |
 //! | `both` | a node that is provider and client at once |
 //! | `chain` | the whole chain, and that the nearest provider is taken |
 //! | `payment` | what does not count as paid |
@@ -24,6 +25,7 @@
 //! | `rotation` | the pool changes its key under a running tunnel |
 //! | `hostile` | a pool that turns hostile |
 
+mod blocked;
 mod both;
 mod chain;
 mod contract;

@@ -148,6 +148,8 @@ pub struct Driver {
     /// Of a start over SSH.
     rollback: Rollback,
     login: Login,
+    /// Before the first change of ours: what an earlier run left blocks.
+    found_blocking: bool,
 }
 
 /// Both ends of what the driver shows: made first, so that the control servers can stand before the stored state is
@@ -207,6 +209,13 @@ impl Driver {
             backend: backend_sender,
         };
         let orders = device::spawn(surroundings, inputs_sender.clone(), path.clone());
+        let found_blocking = parts.host.found_blocking().unwrap_or_else(|error| {
+            tracing::debug!(
+                "looking for a firewall of an earlier run: {}",
+                crate::run::chain(&error)
+            );
+            false
+        });
         let leases = Leases::new(inputs_sender.clone());
         let requests = Requests::new(&parts, keys.clone(), inputs_sender);
         let choice = parts.config.choice.clone();
@@ -231,6 +240,7 @@ impl Driver {
             stopping: Vec::new(),
             rollback: Rollback::default(),
             login: Login::new(),
+            found_blocking,
         }
     }
 
@@ -515,6 +525,7 @@ impl Driver {
     fn publish(&mut self) {
         self.running.retain(|_, task| !task.is_finished());
         let mut status = status::of(&self.session, &self.parts.config, self.autostart);
+        status.blocking |= self.session.firewall().is_none() && self.found_blocking;
         status::show_login(&mut status, self.login.decided());
         status.confirm_by = self.rollback.due().map(|(_, at)| at);
         status.backend = self.path.borrow().as_ref().and(*self.backend.borrow());

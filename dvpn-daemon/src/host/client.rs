@@ -69,6 +69,8 @@ pub(super) struct ClientSide {
     inbound: Vec<u16>,
     /// For a login to the network.
     pub(super) portal: Option<PortalOpening>,
+    /// Whether the kernel can tell a program that its packet was refused; nothing while that is not known.
+    tells: Option<bool>,
     /// Settings to put back. The table remembers them too, for a run after this one; but somebody may flush it.
     remembered: Vec<Remembered>,
     /// Something was asked for in this run. Before, what an earlier one left is left alone: it may be blocking.
@@ -91,6 +93,7 @@ impl Default for ClientSide {
             around: Neighbourhood::default(),
             inbound: Vec::new(),
             portal: None,
+            tells: None,
             remembered: Vec::new(),
             told: false,
             committer: None,
@@ -141,6 +144,7 @@ impl ClientSide {
             served: &device.served,
             neighbours: &self.around.neighbours,
             portal: self.portal.as_ref(),
+            tells: self.tells.unwrap_or(true),
         });
         let facts = client_policy::Facts {
             guarded: &self.guarded,
@@ -418,9 +422,17 @@ fn commit(side: &mut ClientSide) -> Result<(), Error> {
         Some(committer) => committer,
         None => nft::Committer::open().map_err(firewall_error)?,
     };
-    let done = committer.commit(|owned| side.table(owned)).map_err(firewall_error);
+    let mut done = committer.commit(|owned| side.table(owned));
+    let tells = side.standing_device().is_some_and(|_| side.exemptions().is_some());
+    if side.tells.is_none() && tells {
+        side.tells = Some(done.is_ok());
+        if done.is_err() {
+            // Without that it blocks as well.
+            done = committer.commit(|owned| side.table(owned));
+        }
+    }
     side.committer = Some(committer);
-    side.made = Some(done?);
+    side.made = Some(done.map_err(firewall_error)?);
     Ok(())
 }
 

@@ -42,6 +42,8 @@ pub const BLOCKED_OUT: &str = "blocked_out";
 /// Counter: packets that came in beside the tunnel while that is blocked.
 pub const BLOCKED_IN: &str = "blocked_in";
 
+/// The comment of a rule that refuses; one in the table shows a later run that it blocks.
+pub(super) const BLOCKS: &str = "refused";
 /// Holds TCP for as long as somebody is let out to log in to the network.
 const PORTAL_LEASE: &str = "portal";
 
@@ -61,10 +63,11 @@ const TRANSLATION: i32 = 100;
 /// After every source translation.
 const AFTER_TRANSLATION: i32 = 150;
 
-const CHAINS: [&str; 9] = [
+const CHAINS: [&str; 10] = [
     "arriving",
     "received",
     "rerouted",
+    "refused",
     "leaving",
     "beside",
     "forwarded",
@@ -109,6 +112,8 @@ pub(super) struct Device<'a> {
     pub(super) neighbours: &'a [Neighbour],
     /// For a login to the network.
     pub(super) portal: Option<&'a PortalOpening>,
+    /// The kernel can tell a program that its packet was refused.
+    pub(super) tells: bool,
 }
 
 /// The whole table, `owned` by whoever commits it or by nobody. A `fresh` one begins its counters at zero, another goes on
@@ -155,11 +160,12 @@ pub(super) fn table(facts: &Facts<'_>, fresh: bool, owned: bool) -> Batch {
 }
 
 fn attach(chain: &str) -> Option<Attach> {
-    use InetHookNumber::{Forward, LocalIn, PostRouting, PreRouting};
+    use InetHookNumber::{Forward, LocalIn, LocalOut, PostRouting, PreRouting};
     match chain {
         "arriving" => Some(Attach::filter(PreRouting, BEFORE_TRANSLATION)),
         "received" => Some(Attach::filter(LocalIn, 0)),
         "rerouted" => Some(Attach::route(BEFORE_TRANSLATION)),
+        "refused" => Some(Attach::filter(LocalOut, 0)),
         "leaving" => Some(Attach::filter(PostRouting, BEFORE_TRANSLATION)),
         "forwarded" => Some(Attach::filter(Forward, BEFORE_TRANSLATION)),
         "translated" => Some(Attach::nat(PostRouting, TRANSLATION)),
@@ -266,30 +272,11 @@ fn beside(batch: &mut Batch, device: &Device<'_>, exemptions: &Exemptions) {
     // What our clients as a provider may reach was judged where it was forwarded.
     batch.rule("leaving", Rule::new().input_is(PROVIDER_INTERFACE).accept());
     batch.rule("leaving", Rule::new().marked().jump("beside"));
-    batch.rule("leaving", Rule::new().connection_marked().reply().accept());
-    for port in device.inbound {
-        batch.rule(
-            "leaving",
-            Rule::new().source_port(TCP, *port).connection_marked().accept(),
-        );
-    }
-    link_messages(batch, "leaving");
-    for (family, ours, servers) in DHCP {
-        let asks = Rule::new().family(family).source_port(UDP, ours).port(UDP, servers);
-        batch.rule("leaving", asks.accept());
-    }
-    for neighbour in device.neighbours {
-        for port in neighbour.kind.name_servers() {
-            for protocol in [UDP, TCP] {
-                let question = Rule::new().to(&neighbour.network).port(protocol, *port);
-                batch.rule("leaving", refuse(question, BLOCKED_OUT));
-            }
-        }
-        let near = Rule::new().output_is(&neighbour.interface).to(&neighbour.network);
-        batch.rule("leaving", near.accept());
-    }
-    batch.rule("leaving", refuse(Rule::new(), BLOCKED_OUT));
+    unmarked(batch, device, "leaving", |rule| {
+        vec![refuse(rule, BLOCKED_OUT).comment(BLOCKS)]
+    });
     by_address(batch, device, exemptions);
+    told(batch, device);
 
     for interface in ["lo", CLIENT_INTERFACE, PROVIDER_INTERFACE] {
         batch.rule("received", Rule::new().input_is(interface).accept());
@@ -305,6 +292,53 @@ fn beside(batch: &mut Batch, device: &Device<'_>, exemptions: &Exemptions) {
         batch.rule("received", near.accept());
     }
     batch.rule("received", refuse(Rule::new(), BLOCKED_IN));
+}
+
+/// What passes in this chain without our mark, and what becomes of everything else.
+fn unmarked(batch: &mut Batch, device: &Device<'_>, chain: &str, refuse: impl Fn(Rule) -> Vec<Rule>) {
+    let refuse_in = |batch: &mut Batch, rule: Rule| {
+        for rule in refuse(rule) {
+            batch.rule(chain, rule);
+        }
+    };
+    batch.rule(chain, Rule::new().connection_marked().reply().accept());
+    for port in device.inbound {
+        batch.rule(chain, Rule::new().source_port(TCP, *port).connection_marked().accept());
+    }
+    link_messages(batch, chain);
+    for (family, ours, servers) in DHCP {
+        let asks = Rule::new().family(family).source_port(UDP, ours).port(UDP, servers);
+        batch.rule(chain, asks.accept());
+    }
+    for neighbour in device.neighbours {
+        for port in neighbour.kind.name_servers() {
+            for protocol in [UDP, TCP] {
+                refuse_in(batch, Rule::new().to(&neighbour.network).port(protocol, *port));
+            }
+        }
+        let near = Rule::new().output_is(&neighbour.interface).to(&neighbour.network);
+        batch.rule(chain, near.accept());
+    }
+    refuse_in(batch, Rule::new());
+}
+
+/// A program of this machine whose packets are refused is told so, and does not wait for an answer that cannot come. It
+/// is told by the kernel here: nothing of that leaves, and nobody outside is told anything. What is let through here is
+/// judged again where it leaves.
+fn told(batch: &mut Batch, device: &Device<'_>) {
+    for interface in ["lo", CLIENT_INTERFACE, PROVIDER_INTERFACE] {
+        batch.rule("refused", Rule::new().output_is(interface).accept());
+    }
+    batch.rule("refused", Rule::new().marked().accept());
+    let tells = device.tells;
+    unmarked(batch, device, "refused", |rule| {
+        if tells {
+            let reset = rule.clone().protocol(TCP).count(BLOCKED_OUT).reset();
+            vec![reset, rule.count(BLOCKED_OUT).unreachable()]
+        } else {
+            vec![rule.count(BLOCKED_OUT).drop()]
+        }
+    });
 }
 
 /// What carries our mark, by address and port.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::{Error, Host, forwarding};
+use super::{CLIENT_TABLE, Error, Host, client_policy::BLOCKS, forwarding, nft};
 
 /// The client's side at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +22,15 @@ pub struct Exposure {
 }
 
 impl Host {
+    /// Whether what stands in the firewall blocks, by whichever run of the daemon.
+    pub fn found_blocking(&self) -> Result<bool, Error> {
+        let comments = nft::read::comments(CLIENT_TABLE).map_err(|source| Error::FirewallRead {
+            table: CLIENT_TABLE,
+            source,
+        })?;
+        Ok(comments.iter().any(|comment| comment == BLOCKS))
+    }
+
     /// Looks. A change of ours that is under way is waited for.
     pub async fn exposure(&self) -> Result<Exposure, Error> {
         let side = self.inner.client.lock().await;

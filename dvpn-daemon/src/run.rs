@@ -234,7 +234,11 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     let pool = config.pool_url.clone().map(|url| Pool::new(client.clone(), url));
     let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), &config);
 
-    let views = Views::new(&config);
+    let found_blocking = host.found_blocking().unwrap_or_else(|error| {
+        tracing::debug!("looking for a firewall of an earlier run: {}", chain(&error));
+        false
+    });
+    let views = Views::new(&config, found_blocking);
     let (side, node_view) = control::Provider::none_yet();
     let (commands, orders) = mpsc::channel(16);
     let tester = Tester::new(

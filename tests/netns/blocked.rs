@@ -138,9 +138,6 @@ fn the_status_says_what_goes_through_the_tunnel_and_whether_the_rest_is_blocked(
     };
     blocking(&world, true)?;
     says(&world, ModeName::Device, true)?;
-    world.pay_and_connect()?;
-    world.ask().disconnect(CONNECT_PATIENCE)?;
-    says(&world, ModeName::Device, true)?;
     // A run that is told nothing leaves what it finds, and says so.
     world.client.process.kill()?;
     let environment = world.client.environment.clone().without("LOCKDOWN");

@@ -11,7 +11,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use dvpn_common::status::{ModeName, PortalSign, StateName};
+use dvpn_common::{
+    dbus::portal::{PAGE, PROXY},
+    status::{ModeName, PortalSign, StateName},
+};
 use dvpn_daemon::tunnel::FWMARK;
 use dvpn_tests::{
     capture::Packet,
@@ -96,10 +99,10 @@ impl Stay {
                 .and_then(serde_json::Value::as_str)
                 .with_context(|| reply.to_string())
         };
-        let proxy = text("proxy")?.strip_prefix("socks5://").context("a SOCKS5 proxy")?;
+        let proxy = text(PROXY)?.strip_prefix("socks5://").context("a SOCKS5 proxy")?;
         Ok(Way {
             proxy: proxy.parse()?,
-            page: text("page")?.to_owned(),
+            page: text(PAGE)?.to_owned(),
         })
     }
 
@@ -288,6 +291,12 @@ fn the_opening_ends_by_itself_also_when_the_daemon_is_killed() -> Result<()> {
     stay.world
         .ask()
         .wait_status("blocking", PATIENCE, |status| status.blocking)?;
+    stay.let_out(USER)?;
+    ensure!(stay.is_open()?, "not open for the login");
+    // On another network nobody asked to be let out.
+    let other = format!("ip route del default; ip route add default via {ROUTER} metric 7");
+    stay.world.ask().namespace().output("sh", &["-euc", &other])?;
+    stay.wait_closed(PATIENCE)?;
     stay.let_out(USER)?;
     ensure!(stay.is_open()?, "not open for the login");
     stay.world.client.process.kill()?;

@@ -12,6 +12,7 @@
 //! | asked for again by the same user | the opening that there is; its end does not move |
 //! | asked for by another | refused while it lasts |
 //! | the pool answers, a tunnel stands, nothing is blocked any more, the time is over | closed |
+//! | the machine is on another network, or was asleep | closed: nobody asked to be let out there |
 
 mod sign;
 
@@ -63,6 +64,8 @@ pub enum Ended {
     Over,
     /// Nothing is blocked any more.
     NotBlocking,
+    /// The machine is on another network, or was asleep.
+    Moved,
     /// The daemon ends, or could not make it.
     Given,
 }
@@ -144,15 +147,24 @@ impl Portal {
         self.look_at = self.opening.and_then(|_| now.instant.checked_add(LOOK_EVERY));
     }
 
-    /// Where the session is now: whether it blocks, and whether its tunnel carries traffic. Says whether the opening ends.
-    pub fn follow(&mut self, blocking: bool, connected: bool) -> Option<Ended> {
-        let ended = match () {
-            () if !blocking => Ended::NotBlocking,
-            () if connected => Ended::Reached,
-            () => return None,
-        };
+    /// Where the session is now: whether it blocks, and whether somebody far away has answered it. Says whether the opening
+    /// ends.
+    pub fn follow(&mut self, blocking: bool, answered: bool) -> Option<Ended> {
+        match () {
+            () if !blocking => self.forget(Ended::NotBlocking),
+            () if answered => self.forget(Ended::Reached),
+            () => None,
+        }
+    }
+
+    /// The machine is on another network, or was asleep. Says whether the opening ends.
+    pub fn moved(&mut self) -> Option<Ended> {
+        self.forget(Ended::Moved)
+    }
+
+    fn forget(&mut self, why: Ended) -> Option<Ended> {
         self.found = None;
-        self.close().then_some(ended)
+        self.close().then_some(why)
     }
 
     /// Ends the opening; false if there is none.
@@ -277,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_by_time_by_the_pool_by_a_tunnel_and_when_nothing_is_blocked() {
+    fn it_ends_by_time_by_the_pool_by_a_tunnel_elsewhere_and_when_nothing_is_blocked() {
         let now = start();
         let end = later(now, LENGTH);
 
@@ -298,6 +310,10 @@ mod tests {
             (None, None, None)
         );
         assert_eq!(portal.looked(&Verdict::Reached, true, now), None, "once");
+
+        let mut portal = opened(now);
+        assert_eq!(portal.moved(), Some(Ended::Moved));
+        assert_eq!((portal.opening(), portal.status(), portal.moved()), (None, None, None));
 
         for (blocking, connected, ended) in [
             (true, false, None),

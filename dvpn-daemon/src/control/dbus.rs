@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use dvpn_common::{
-    dbus::{NAME, PATH},
+    dbus::{NAME, PATH, portal},
     status::{LineStatus, Status},
 };
 use dvpn_core::leak::Row;
@@ -152,9 +152,9 @@ impl Daemon {
     ) -> fdo::Result<HashMap<String, OwnedValue>> {
         let way = self.control.portal(caller(&header, connection).await?, uid).await?;
         let fields = [
-            ("proxy", Value::from(format!("socks5://{}", way.proxy))),
-            ("page", Value::from(way.page.as_str())),
-            ("ends_at", Value::from(way.ends_at.as_second())),
+            (portal::PROXY, Value::from(format!("socks5://{}", way.proxy))),
+            (portal::PAGE, Value::from(way.page.as_str())),
+            (portal::ENDS_AT, Value::from(way.ends_at.as_second())),
         ];
         let owned = fields
             .into_iter()

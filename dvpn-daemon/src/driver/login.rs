@@ -182,13 +182,23 @@ impl Driver {
     pub(super) async fn follow_login(&mut self) {
         let state = self.session.state();
         let blocking = self.is_blocking();
-        if let Some(ended) = self.login.decided.follow(blocking, state == StateName::Connected) {
+        let entered = self.login.was != Some(state);
+        self.login.was = Some(state);
+        // Who refuses us for good has heard us.
+        let answered = state == StateName::Connected || (entered && state == StateName::Blocked);
+        if let Some(ended) = self.login.decided.follow(blocking, answered) {
             self.shut(ended).await;
         }
-        let failed = state == StateName::Backoff && self.login.was != Some(state);
-        self.login.was = Some(state);
+        let failed = entered && state == StateName::Backoff;
         if failed && blocking {
             self.look_at_network().await;
+        }
+    }
+
+    /// The machine is on another network, or was asleep: neither the kernel's nor our own clock runs meanwhile.
+    pub(super) async fn login_moved(&mut self) {
+        if let Some(ended) = self.login.decided.moved() {
+            self.shut(ended).await;
         }
     }
 

@@ -160,10 +160,14 @@ pub struct Views {
 }
 
 impl Views {
-    /// A daemon that has just started.
-    pub fn new(config: &Config) -> Self {
+    /// A daemon that has just started, on a machine where everything is blocked already, or not.
+    pub fn new(config: &Config, blocking: bool) -> Self {
+        let status = Status {
+            blocking,
+            ..status::starting(config)
+        };
         Self {
-            status: watch::Sender::new(status::starting(config)),
+            status: watch::Sender::new(status),
             path: watch::Sender::new(None),
         }
     }
@@ -209,13 +213,7 @@ impl Driver {
             backend: backend_sender,
         };
         let orders = device::spawn(surroundings, inputs_sender.clone(), path.clone());
-        let found_blocking = parts.host.found_blocking().unwrap_or_else(|error| {
-            tracing::debug!(
-                "looking for a firewall of an earlier run: {}",
-                crate::run::chain(&error)
-            );
-            false
-        });
+        let found_blocking = views.status.borrow().blocking;
         let leases = Leases::new(inputs_sender.clone());
         let requests = Requests::new(&parts, keys.clone(), inputs_sender);
         let choice = parts.config.choice.clone();
@@ -315,6 +313,9 @@ impl Driver {
     }
 
     async fn on_machine(&mut self, event: MachineEvent) {
+        if matches!(event, MachineEvent::OtherWayOut | MachineEvent::Resumed) {
+            self.login_moved().await;
+        }
         let done = match event {
             MachineEvent::OtherWayOut => return self.feed(Input::NetworkChanged),
             MachineEvent::NamesDisturbed => return self.order(Order::Names).await,

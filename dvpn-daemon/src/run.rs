@@ -234,20 +234,9 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
     let pool = config.pool_url.clone().map(|url| Pool::new(client.clone(), url));
     let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), &config);
 
-    let found_blocking = host.found_blocking().unwrap_or_else(|error| {
-        tracing::debug!("looking for a firewall of an earlier run: {}", chain(&error));
-        false
-    });
-    let views = Views::new(&config, found_blocking);
+    let views = Views::new(&config, found_blocking(&host));
     let (side, node_view) = control::Provider::none_yet();
     let (commands, orders) = mpsc::channel(16);
-    let tester = Tester::new(
-        Arc::clone(&host),
-        config.tunnel.mode,
-        control_plane.clone(),
-        audit.clone(),
-    );
-    let own_uid = nix::unistd::geteuid().as_raw();
     let control = Control::new(
         commands.clone(),
         views.status(),
@@ -256,9 +245,9 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         control::Services {
             payments: payments.clone(),
             provider: side.clone(),
-            tester,
+            tester: Tester::new(&host, config.tunnel.mode, control_plane.as_ref(), &audit),
         },
-        own_uid,
+        nix::unistd::geteuid().as_raw(),
     );
     let lines = line::Views::new(&config, &state);
     let control = control.with_line(lines.status());
@@ -357,6 +346,14 @@ fn watch_line(
         node,
     };
     tokio::spawn(line::run(parts, lines));
+}
+
+/// Whether an earlier run left everything blocked.
+fn found_blocking(host: &Host) -> bool {
+    host.found_blocking().unwrap_or_else(|error| {
+        tracing::debug!("looking for a firewall of an earlier run: {}", chain(&error));
+        false
+    })
 }
 
 /// Prepares device mode, if it is configured: how connections of our own go beside the tunnel.

@@ -69,7 +69,7 @@ pub(super) struct ClientSide {
     inbound: Vec<u16>,
     /// For a login to the network.
     pub(super) portal: Option<PortalOpening>,
-    /// Whether the kernel can tell a program that its packet was refused; nothing while that is not known.
+    /// Whether the kernel can reset a connection that is refused; nothing while that is not known.
     tells: Option<bool>,
     /// Settings to put back. The table remembers them too, for a run after this one; but somebody may flush it.
     remembered: Vec<Remembered>,

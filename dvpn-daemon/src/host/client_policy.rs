@@ -112,7 +112,7 @@ pub(super) struct Device<'a> {
     pub(super) neighbours: &'a [Neighbour],
     /// For a login to the network.
     pub(super) portal: Option<&'a PortalOpening>,
-    /// The kernel can tell a program that its packet was refused.
+    /// The kernel can reset a connection that is refused.
     pub(super) tells: bool,
 }
 
@@ -323,8 +323,9 @@ fn unmarked(batch: &mut Batch, device: &Device<'_>, chain: &str, refuse: impl Fn
 }
 
 /// A program of this machine whose packets are refused is told so, and does not wait for an answer that cannot come. It
-/// is told by the kernel here: nothing of that leaves, and nobody outside is told anything. What is let through here is
-/// judged again where it leaves.
+/// is told by the kernel here: nothing of that leaves, and nobody outside is told anything. What is dropped here is an
+/// error of sending, but for TCP, which would try again and is reset instead. What is let through is judged again where
+/// it leaves.
 fn told(batch: &mut Batch, device: &Device<'_>) {
     for interface in ["lo", CLIENT_INTERFACE, PROVIDER_INTERFACE] {
         batch.rule("refused", Rule::new().output_is(interface).accept());
@@ -332,12 +333,9 @@ fn told(batch: &mut Batch, device: &Device<'_>) {
     batch.rule("refused", Rule::new().marked().accept());
     let tells = device.tells;
     unmarked(batch, device, "refused", |rule| {
-        if tells {
-            let reset = rule.clone().protocol(TCP).count(BLOCKED_OUT).reset();
-            vec![reset, rule.count(BLOCKED_OUT).unreachable()]
-        } else {
-            vec![rule.count(BLOCKED_OUT).drop()]
-        }
+        let reset = rule.clone().protocol(TCP).count(BLOCKED_OUT).reset();
+        let dropped = refuse(rule, BLOCKED_OUT);
+        if tells { vec![reset, dropped] } else { vec![dropped] }
     });
 }
 

@@ -58,12 +58,12 @@ pub struct Tester {
 
 impl Tester {
     /// On this machine; `control_plane` knows the network's name servers in device mode.
-    pub fn new(host: Arc<Host>, mode: Mode, control_plane: Option<ControlPlane>, audit: Audit) -> Self {
+    pub fn new(host: &Arc<Host>, mode: Mode, control_plane: Option<&ControlPlane>, audit: &Audit) -> Self {
         Self {
-            host,
+            host: Arc::clone(host),
             mode,
-            control_plane,
-            audit,
+            control_plane: control_plane.cloned(),
+            audit: audit.clone(),
             one: Arc::new(Semaphore::new(1)),
         }
     }

@@ -73,10 +73,6 @@ async fn resolve(plane: &ControlPlane, host: &Host<String>) -> Vec<IpAddr> {
     }
 }
 
-#[expect(
-    clippy::wildcard_enum_match_arm,
-    reason = "what is not named says nothing about who answers"
-)]
 async fn handshake(pool: &Pool) -> PoolAnswer {
     match pool.client().fetch(pool.url(), None, PATIENCE).await {
         // The status is the pool's own affair.

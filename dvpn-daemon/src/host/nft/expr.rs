@@ -40,8 +40,6 @@ const ESTABLISHED_OR_RELATED: u32 = 0b110;
 const OBJECT_COUNTER: u32 = 1;
 const NAT_RANDOM_FULLY: u32 = 1 << 4;
 const REJECT_TCP_RST: u32 = 1;
-const REJECT_ICMPX: u32 = 2;
-const ICMPX_ADMINISTRATIVELY_PROHIBITED: u8 = 3;
 const COMMENT: u8 = 0;
 
 /// TCP's protocol number.
@@ -234,16 +232,10 @@ impl Rule {
     pub(crate) fn drop(self) -> Self {
         self.verdict(vec![VerdictAttribute::Code(Verdict::Other(NF_DROP))])
     }
-    /// Discards it and tells its sender: a TCP connection is reset.
-    pub(crate) fn reset(self) -> Self {
-        self.reject(REJECT_TCP_RST, &[])
-    }
-    /// Discards it and tells its sender that it is forbidden (RFC 1812, section 5.2.7.1; RFC 4443, section 3.1).
-    pub(crate) fn unreachable(self) -> Self {
-        self.reject(
-            REJECT_ICMPX,
-            &[DefaultNla::new(2, vec![ICMPX_ADMINISTRATIVELY_PROHIBITED])],
-        )
+    /// Discards it and resets its TCP connection.
+    pub(crate) fn reset(mut self) -> Self {
+        self.expressions.push(other("reject", vec![be32(1, REJECT_TCP_RST)]));
+        self
     }
     /// Goes through another chain and comes back.
     pub(crate) fn jump(self, chain: &str) -> Self {
@@ -275,12 +267,6 @@ impl Rule {
         value.push(0);
         let length = u8::try_from(value.len()).unwrap_or(u8::MAX);
         self.comment = Some([vec![COMMENT, length], value].concat());
-        self
-    }
-
-    fn reject(mut self, kind: u32, more: &[DefaultNla]) -> Self {
-        let attributes = [&[be32(1, kind)], more].concat();
-        self.expressions.push(other("reject", attributes));
         self
     }
 

@@ -125,7 +125,7 @@ fn another_user_is_refused_every_method_and_changes_nothing() -> Result<()> {
     let world = World::build(&[8])?;
     world.pay()?;
     let bus = world.ask().bus();
-    let calls: [&[&str]; 7] = [
+    let calls: [&[&str]; 9] = [
         &["Start"],
         &["Stop"],
         &["Status"],
@@ -133,6 +133,8 @@ fn another_user_is_refused_every_method_and_changes_nothing() -> Result<()> {
         &["Exit"],
         &["Logs", "u", "10"],
         &["Choose", "asas", "0", "0"],
+        &["Portal", "u", "65534"],
+        &["LeakTest"],
     ];
     for call in calls {
         let (method, arguments) = call.split_first().context("a method")?;

@@ -227,10 +227,8 @@ async fn service(arguments: Arguments, config: Config, tail: Tail, device: Tunne
         ca_file: config.ssl_cert_file.clone(),
         control_plane: control_plane.clone(),
     });
-    let payment = config
-        .payment_api_url
-        .clone()
-        .map(|url| Payment::new(client.clone(), url));
+    let payment = config.payment_api_url.clone();
+    let payment = payment.map(|url| Payment::new(client.clone(), url));
     let pool = config.pool_url.clone().map(|url| Pool::new(client.clone(), url));
     let payments = Payments::new(payment.clone(), state.clone(), audit.clone(), &config);
 

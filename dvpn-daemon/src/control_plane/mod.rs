@@ -38,6 +38,9 @@ use crate::{
 
 /// How long the network's name servers are waited for when the name's last addresses are known.
 const PATIENCE_WITH_SERVERS: Duration = Duration::from_secs(2);
+/// Addresses of one name kept on disk. Those of before are kept behind the last ones: a network that wants a login answers
+/// every name with its own.
+const MAX_ADDRESSES: usize = 8;
 /// Names kept on disk; there are three, and what they were before a change of configuration.
 const MAX_NAMES: usize = 16;
 
@@ -163,7 +166,7 @@ impl ControlPlane {
             tracing::debug!("the network's name servers do not answer; a name's last addresses are used");
             return Ok(known);
         };
-        if addresses != known {
+        if !known.starts_with(&addresses) {
             self.remember(name, &addresses);
         }
         Ok(addresses)
@@ -212,7 +215,8 @@ impl ControlPlane {
             if names.len() >= MAX_NAMES {
                 names.clear();
             }
-            names.insert(name.to_owned(), addresses.to_vec());
+            let before = names.remove(name).unwrap_or_default();
+            names.insert(name.to_owned(), newest_first(addresses, &before));
             names.clone()
         };
         let state = self.0.state.clone();
@@ -229,9 +233,30 @@ impl ControlPlane {
     }
 }
 
+fn newest_first(now: &[IpAddr], before: &[IpAddr]) -> Vec<IpAddr> {
+    let older = before.iter().filter(|address| !now.contains(address));
+    now.iter().chain(older).copied().take(MAX_ADDRESSES).collect()
+}
+
 /// The host and port that `url` is about.
 fn target(url: &Url) -> Result<(UrlHost<String>, u16), Error> {
     let host = url.host().zip(url.port_or_known_default());
     host.map(|(host, port)| (host.to_owned(), port))
         .ok_or_else(|| Error::NoHost(url.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_false_answer_does_not_drive_out_the_addresses_of_before() {
+        let address = |last: u8| IpAddr::from([192, 0, 2, last]);
+        let (real, portal) = (vec![address(1), address(2)], vec![address(9)]);
+        let kept = newest_first(&portal, &real);
+        assert_eq!(kept, [address(9), address(1), address(2)]);
+        assert_eq!(newest_first(&real, &kept), [address(1), address(2), address(9)]);
+        let many: Vec<IpAddr> = (0..20).map(address).collect();
+        assert_eq!(newest_first(&many, &kept), many[..MAX_ADDRESSES]);
+    }
 }

@@ -74,6 +74,9 @@ fn run() -> Result<(), String> {
         "dvpn-common/Cargo.toml",
         "dvpn-common/src/lib.rs",
         "dvpn-common/src/abi.rs",
+        "dvpn-common/src/grant.rs",
+        "dvpn-common/src/rate.rs",
+        "dvpn-common/src/segments.rs",
     ] {
         println!("cargo::rerun-if-changed={}", workspace.join(input).display());
     }

@@ -1,7 +1,7 @@
 //! What two DVPN processes, or the kernel programs and the daemon, must agree on.
 //!
-//! Without features this crate is `no_std` and holds only [`abi`], the layout of the eBPF maps, and
-//! [`rate`]. The feature `std` adds identifiers, keys, the HTTP contracts with their limits, the latency echo, the signed approval, D-Bus names
+//! Without features this crate is `no_std` and holds only [`abi`], the layout of the eBPF maps, [`grant`], their
+//! arithmetic, [`segments`] and [`rate`]. The feature `std` adds identifiers, keys, the HTTP contracts with their limits, the latency echo, the signed approval, D-Bus names
 //! and the status document.
 #![cfg_attr(not(feature = "std"), no_std)]
 
@@ -16,6 +16,7 @@ pub mod dbus;
 pub mod directory;
 #[cfg(feature = "std")]
 pub mod echo;
+pub mod grant;
 #[cfg(feature = "std")]
 pub mod ids;
 #[cfg(feature = "std")]
@@ -27,5 +28,6 @@ pub mod node;
 #[cfg(feature = "std")]
 pub mod possession;
 pub mod rate;
+pub mod segments;
 #[cfg(feature = "std")]
 pub mod status;

@@ -8,7 +8,7 @@
 /// from a TUN device (`SKB_GSO_DODGY`, `include/linux/virtio_net.h`); `qdisc_pkt_len_init` (`net/core/dev.c`)
 /// does the same.
 #[inline]
-pub(crate) fn count(length: u32, headers: u32, gso_size: u32) -> (u64, u64) {
+pub fn count(length: u32, headers: u32, gso_size: u32) -> (u64, u64) {
     if gso_size == 0 || length <= headers {
         return (1, u64::from(length));
     }

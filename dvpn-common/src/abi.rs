@@ -142,6 +142,17 @@ pub struct State {
     reserved: [u64; 6],
 }
 
+impl State {
+    /// Both limits used up until these moments.
+    pub const fn new(vtime_ns: u64, backstop_ns: u64) -> Self {
+        Self {
+            vtime_ns,
+            backstop_ns,
+            reserved: [0; 6],
+        }
+    }
+}
+
 /// What one direction of one peer carried and lost; totals.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -190,8 +201,8 @@ pub struct Node {
     pub up: NodeLimit,
     /// Index of the intermediate device that paces the upload; 0 while there is none.
     pub intermediate: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// Index of the tunnel interface that the programs were attached to; for the daemon.
+    pub tunnel: u32,
 }
 
 #[cfg(feature = "aya")]

@@ -31,6 +31,11 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dv
 /// Whether this build has the programs.
 pub const AVAILABLE: bool = !include_bytes!(concat!(env!("OUT_DIR"), "/dvpn-ebpf")).is_empty();
 
+/// The object as it was built, for who runs its programs by hand; empty when it was not.
+pub fn object() -> &'static [u8] {
+    OBJECT
+}
+
 /// Both hooks of the counting programs.
 const PLACES: [Place; 2] = [
     Place {

@@ -9,6 +9,7 @@
 )]
 
 mod bed;
+mod rows;
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
@@ -240,7 +241,10 @@ fn a_pinned_map_of_another_layout_is_refused() {
     let bed = Bed::new();
     let _tun = bed::tun();
     drop(attach(&bed).unwrap());
-    let folder = bed.pin_dir().join("v1").join(INTERFACE);
+    let folder = bed
+        .pin_dir()
+        .join(format!("v{}", dvpn_common::abi::VERSION))
+        .join(INTERFACE);
     let link = std::fs::read_dir(&folder)
         .unwrap()
         .map(|entry| entry.unwrap().path())

@@ -95,9 +95,14 @@ fn require_bpffs(folder: &Path) -> Result<(), Error> {
     })
 }
 
+/// The folder of an interface's pins.
+pub(super) fn folder(pin_dir: &Path, link: &Link) -> PathBuf {
+    pin_dir.join(format!("v{}", abi::VERSION)).join(&link.name)
+}
+
 /// Makes the folder of an interface's pins and makes sure that the maps in it are as this version makes them.
 pub(super) fn prepare(pin_dir: &Path, link: &Link, layouts: &[Layout]) -> Result<PathBuf, Error> {
-    let folder = pin_dir.join(format!("v{}", abi::VERSION)).join(&link.name);
+    let folder = folder(pin_dir, link);
     require_bpffs(&folder)?;
     fs::create_dir_all(&folder).map_err(|source| Error::PinDirectory {
         path: folder.clone(),

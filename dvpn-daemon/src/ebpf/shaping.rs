@@ -112,6 +112,23 @@ impl Shaping {
         })
     }
 
+    /// Whether an earlier daemon's programs are on the interface; those on an earlier one of its name do not count.
+    pub fn is_attached(interface: &str, pin_dir: &Path) -> Result<bool, Error> {
+        let link = Link::find(interface)?;
+        let pin = attach::folder(pin_dir, &link).join(abi::NODE);
+        // A clsact filter leaves no pin: the map says for which interface it was last used.
+        let node = MapData::from_pin(&pin).and_then(|data| Array::<_, Node>::try_from(Map::Array(data))?.get(&0, 0));
+        Ok(node.is_ok_and(|node| node.tunnel == link.index))
+    }
+
+    /// Takes the programs of an interface out and forgets what they knew.
+    pub fn remove(interface: &str, pin_dir: &Path) -> Result<(), Error> {
+        for place in PLACES {
+            attach::detach_filter(interface, place);
+        }
+        attach::remove_folder(&pin_dir.join(format!("v{}", abi::VERSION)).join(interface))
+    }
+
     /// Makes sure that every program is where it belongs: on the tunnel, and on the intermediate device if the upload is
     /// paced. In place of an earlier daemon's, in one step. Through `hook` only, if given; else TCX where the kernel
     /// takes it, a clsact filter otherwise.

@@ -10,7 +10,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{
     CLIENT_INTERFACE, CLIENT_TABLE, Error, Host, PROVIDER_INTERFACE, PROVIDER_TABLE, ROUTING_TABLE, netlink::or_gone,
-    nft, provider::restore_settings,
+    nft, provider::restore_settings, shaping::intermediate_name,
 };
 
 impl Host {
@@ -25,6 +25,12 @@ impl Host {
                 self.remove_link(name)
                     .await
                     .map(|removed| removed.then(|| format!("interface {name}")))
+                    .transpose(),
+            );
+            report.extend(
+                self.remove_intermediate(name)
+                    .await
+                    .map(|removed| removed.then(|| format!("interface {}", intermediate_name(name))))
                     .transpose(),
             );
         }
@@ -65,6 +71,8 @@ impl Host {
                 Ok(false) => {}
                 Err(error) => result = Err(error),
             }
+            // Nothing is taken there any more.
+            result = result.and(self.remove_intermediate(name).await.map(drop));
         }
         result
     }

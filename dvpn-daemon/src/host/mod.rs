@@ -22,6 +22,7 @@ mod portal_opening;
 mod provider;
 mod provider_meter;
 mod provider_policy;
+pub mod shaping;
 mod watch;
 mod way_out;
 
@@ -43,6 +44,7 @@ pub use portal_opening::PortalOpening;
 pub use provider::ProviderNetwork;
 pub use provider_meter::{CONNECTION_BURST, CONNECTIONS_PER_SECOND, Carried, MAX_CONNECTIONS};
 pub use provider_policy::refused;
+pub use shaping::{Grant, Mode, Modes, PeerNumber, Shaper, ShaperConfig};
 
 pub use crate::tunnel::{CLIENT_INTERFACE, PROVIDER_INTERFACE};
 
@@ -134,6 +136,12 @@ pub enum Error {
     /// A blocking firewall in app mode.
     #[error("blocking all traffic needs device mode: set TUNNEL_MODE=device")]
     NotInAppMode,
+    /// The eBPF programs that enforce grants.
+    #[error(transparent)]
+    Programs(#[from] crate::ebpf::Error),
+    /// The thread that attaches programs ended with them.
+    #[error("the programs that enforce grants are lost: restart the daemon")]
+    NoShaper,
     /// Name resolution could not be put back.
     #[error(transparent)]
     Dns(#[from] dns::Error),

@@ -147,8 +147,8 @@ impl Peer {
     #[inline(always)]
     fn pace(&self, ctx: &TcContext, size: (u64, u64), how: u32) -> i32 {
         if how == mode::HTB {
-            // The class does the pacing. What it does not do, should it be gone, is done here.
-            if self.charge_backstop(size.1) == Verdict::Drop {
+            // The class does the pacing. Should it be gone, this does it; the upload was charged at its admission.
+            if self.direction == DOWN && self.charge_backstop(size.1) == Verdict::Drop {
                 return self.lose(refused::GRANT, size);
             }
             // SAFETY: the map returned the limit, and the kernel hands every run a valid __sk_buff.

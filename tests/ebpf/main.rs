@@ -9,7 +9,9 @@
 )]
 
 mod bed;
+mod live;
 mod rows;
+mod shaper;
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;

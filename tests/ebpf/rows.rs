@@ -388,18 +388,22 @@ fn a_super_packet_is_charged_for_all_its_packets() {
 
 #[test]
 fn with_classes_a_packet_gets_its_class_and_what_the_class_does_not_hold_back_is_dropped() {
+    let mut programs = Programs::new(abi::mode::HTB);
     for program in [abi::SHAPE_DOWN, abi::SHAPE_UP] {
-        let mut programs = Programs::new(abi::mode::HTB);
         let outcome = programs.run(program, &v4_frame(1400));
         assert_eq!(
             (outcome.verdict, outcome.priority, outcome.tstamp_ns),
             (NEXT, CLASS, 0),
             "{program}"
         );
-        programs.backlog(40 * MS);
-        assert_eq!(programs.run(program, &v4_frame(1400)).verdict, NEXT, "{program}");
-        programs.backlog(60 * MS);
-        assert_eq!(programs.run(program, &v4_frame(1400)).verdict, SHOT, "{program}");
+    }
+    // The upload is charged where it is admitted.
+    for (backlog_ns, down) in [(40 * MS, NEXT), (60 * MS, SHOT)] {
+        programs.backlog(backlog_ns);
+        for (program, verdict) in [(abi::SHAPE_DOWN, down), (abi::SHAPE_UP, NEXT)] {
+            let outcome = programs.run(program, &v4_frame(1400));
+            assert_eq!(outcome.verdict, verdict, "{program} {backlog_ns}");
+        }
     }
 }
 

@@ -441,12 +441,13 @@ impl Shaper {
             let node = self.node.get(usize::from(up)).copied().flatten();
             let node = node.map(|rate| self.wire_bytes(rate, up));
             self.host.make_root(index, mode, node).await?;
-            let peers = self
-                .peers
-                .iter()
-                .filter_map(|(number, peer)| Some((*number, peer.grant?)));
-            let peers: Vec<_> = peers.collect();
-            self.send_classes(&peers).await?;
+        }
+        if !repaired.is_empty() {
+            let peers = self.peers.iter();
+            let granted: Vec<_> = peers
+                .filter_map(|(number, peer)| Some((*number, peer.grant?)))
+                .collect();
+            self.send_classes(&granted).await?;
         }
         self.attach().await?;
         self.write_node()?;

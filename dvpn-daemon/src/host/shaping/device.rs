@@ -49,6 +49,14 @@ impl Host {
     }
 
     async fn best_root(&self, index: u32, best: Mode, reasons: &mut BTreeSet<String>) -> Result<Mode, Error> {
+        // What is there carries its peers: to try something better would take their classes away.
+        if best <= Mode::Htb && self.has_root(index, Mode::Htb).await? {
+            self.make_root(index, Mode::Htb, None).await?;
+            if best < Mode::Htb {
+                reasons.insert("what an earlier daemon set up goes on".to_owned());
+            }
+            return Ok(Mode::Htb);
+        }
         for (mode, lack) in [
             (Mode::Edt, "this kernel has no qdisc fq"),
             (Mode::Htb, "this kernel has no qdiscs htb and tbf"),
@@ -111,10 +119,6 @@ impl Host {
             LinkAttribute::IfName(name.to_owned()),
             LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Ifb)]),
             LinkAttribute::NumTxQueues(1),
-            // It is no link of anybody: without an address of its own the kernel has nothing to say there.
-            LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
-                In6AddrGenMode::None,
-            )])]),
         ];
         let made = self.netlink().link().add(message).execute().await;
         match made {
@@ -127,7 +131,17 @@ impl Host {
             }
             Ok(()) | Err(_) => {}
         }
-        self.interface_index(name).await
+        let index = self.interface_index(name).await?;
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        // It is nobody's link: without an address of its own the kernel has nothing to say there.
+        message.attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![
+            AfSpecInet6::AddrGenMode(In6AddrGenMode::None),
+        ])])];
+        if let Err(error) = self.netlink().link().set(message).execute().await {
+            tracing::debug!("{name} keeps what IPv6 does on a new link, if there is IPv6: {error}");
+        }
+        Ok(index)
     }
 
     pub(super) async fn intermediate_up(&self, index: u32) -> Result<(), Error> {

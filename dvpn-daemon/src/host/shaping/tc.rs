@@ -1,7 +1,7 @@
 //! Qdiscs and classes by rtnetlink: fq, and htb with a class for each peer (`linux/pkt_sched.h`).
 
 use futures::StreamExt as _;
-use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST};
+use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_ECHO, NLM_F_REPLACE, NLM_F_REQUEST};
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
@@ -312,7 +312,8 @@ impl Host {
     pub(super) async fn our_root(&self, index: u32) -> Result<Option<String>, Error> {
         let question = message(index, TcHandle::ROOT, root(), None, None);
         let mut message = NetlinkMessage::from(RouteNetlinkMessage::GetQueueDiscipline(question));
-        message.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+        // Without the echo the kernel answers to those who listen to all changes, and not to who asked.
+        message.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_ECHO;
         let read = |source| Error::Read {
             what: "a queueing discipline",
             source,

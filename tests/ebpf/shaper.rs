@@ -1,0 +1,516 @@
+//! Grants as they are enforced on this kernel: on a tunnel, with classes and without.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead as _, BufReader},
+    net::IpAddr,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use dvpn_common::{abi, rate::Rate};
+use dvpn_daemon::{
+    ebpf::{Counters, Error as ProgramsError, Hook, Loader},
+    host::{self, Grant, Mode, Shaper, ShaperConfig},
+};
+
+use crate::{
+    bed::wait,
+    live::{Carried, Live, MTU, TUNNEL, grant, ip, mbit, peer, tc},
+};
+
+const LONG: Duration = Duration::from_secs(2);
+
+/// A correctness tolerance, not a claim: no more than the grant and what a queue holds, and most of it.
+fn assert_about(carried: Carried, rate: Rate, what: &str) {
+    assert_no_more(carried, rate, what);
+    assert!(
+        carried.time > LONG - Duration::from_millis(200),
+        "{what} stopped: {carried:?}"
+    );
+    assert!(
+        carried.of(rate) > 0.8,
+        "{what}: {carried:?} is {:.3} of {rate}",
+        carried.of(rate)
+    );
+}
+
+fn assert_no_more(carried: Carried, rate: Rate, what: &str) {
+    let slack = Duration::from_millis(50);
+    let possible = Carried {
+        time: carried.time + slack,
+        ..carried
+    };
+    assert!(
+        possible.of(rate) <= 1.0,
+        "{what}: {carried:?} is {:.3} of {rate}",
+        carried.of(rate)
+    );
+}
+
+fn both_ways(live: &Live, shaper: &Shaper, address: IpAddr, [down, up]: [Rate; 2]) {
+    let carried = live.download(address, LONG);
+    assert_about(carried, down, "download");
+    let carried = live.upload(address, LONG);
+    assert_about(carried, up, "upload");
+    let [down, up] = *shaper.counters().unwrap().values().next().unwrap();
+    assert!(down.bytes > 100_000 && up.bytes > 100_000, "{down:?} {up:?}");
+}
+
+#[test]
+fn a_tunnel_with_super_packets_carries_its_grants_both_ways() {
+    let live = Live::new();
+    let rates = [mbit(20), mbit(8)];
+    let shaper = live.shaped(Mode::Edt, &[grant(rates[0], rates[1])]);
+    if shaper.modes().down == Mode::Htb {
+        assert!(
+            shaper
+                .modes()
+                .to_string()
+                .starts_with("htb (this kernel has no qdisc fq"),
+            "{}",
+            shaper.modes()
+        );
+    }
+    both_ways(&live, &shaper, peer(0), rates);
+}
+
+#[test]
+fn a_tunnel_without_super_packets_carries_its_grants_both_ways_on_clsact_and_ipv6() {
+    let live = Live::with_offload(false);
+    let config = ShaperConfig {
+        hook: Some(Hook::Clsact),
+        ..Live::config(Mode::Htb)
+    };
+    let mut shaper = live.open_with(config).unwrap();
+    assert_eq!(
+        (shaper.hook(), shaper.modes().down, shaper.modes().up),
+        (Hook::Clsact, Mode::Htb, Mode::Htb)
+    );
+    let (six, rates) = ("fd00:9::2".parse().unwrap(), [mbit(10), mbit(20)]);
+    live.runtime
+        .block_on(shaper.grant(&[peer(0), six], grant(rates[0], rates[1])))
+        .unwrap();
+    live.up();
+    live.add_ipv6();
+    both_ways(&live, &shaper, six, rates);
+    assert!(
+        live.reaches(peer(0)) && live.reaches_us(peer(0)),
+        "the same peer by IPv4"
+    );
+}
+
+#[test]
+fn a_policed_tunnel_never_carries_more() {
+    let live = Live::new();
+    let shaper = live.shaped(Mode::Police, &[grant(mbit(20), mbit(20))]);
+    assert_eq!((shaper.modes().down, shaper.modes().up), (Mode::Police, Mode::Police));
+    for (what, carried) in [
+        ("download", live.download(peer(0), LONG)),
+        ("upload", live.upload(peer(0), LONG)),
+    ] {
+        assert_no_more(carried, mbit(20), what);
+        assert!(carried.bytes > 50_000, "{what}: {carried:?}");
+    }
+}
+
+#[test]
+fn each_peer_has_its_own_grant_at_the_same_time_and_a_stranger_has_none() {
+    let live = Live::new();
+    let shaper = live.shaped(Mode::Htb, &[grant(mbit(5), mbit(5)), grant(mbit(10), mbit(10))]);
+    thread::scope(|scope| {
+        let downloads = [0, 1].map(|number| {
+            let live = &live;
+            scope.spawn(move || live.download(peer(number), LONG))
+        });
+        assert!(!live.reaches(peer(2)) && !live.reaches_us(peer(2)));
+        for (download, rate) in downloads.into_iter().zip([mbit(5), mbit(10)]) {
+            assert_about(download.join().unwrap(), rate, "download");
+        }
+    });
+    assert!(
+        shaper.refused().unwrap()["unknown"].packets >= 2,
+        "{:?}",
+        shaper.refused()
+    );
+}
+
+#[test]
+fn a_flood_of_small_packets_gets_no_more_than_the_grant() {
+    let live = Live::new();
+    let rate = mbit(2);
+    let _shaper = live.shaped(Mode::Htb, &[grant(rate, rate)]);
+    let (bytes, time) = live.flood(peer(0), 100, LONG);
+    // 28 bytes of headers each; 96 ms are queued at 2 Mbit/s.
+    let (carried, possible) = (bytes * 128 / 100, time + Duration::from_millis(150));
+    let most = rate.bytes_per_second() * u64::try_from(possible.as_millis()).unwrap() / 1000;
+    assert!(carried <= most && carried > most / 2, "{carried} of {most}");
+}
+
+#[test]
+fn a_grant_that_changes_under_load_is_followed() {
+    let live = Live::new();
+    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(4), mbit(4))]);
+    let number = *shaper.counters().unwrap().keys().next().unwrap();
+    thread::scope(|scope| {
+        let download = scope.spawn(|| live.download(peer(0), Duration::from_secs(3)));
+        // Up and down all the time, and up in the end.
+        let begin = Instant::now();
+        let mut last = [0; 2];
+        while begin.elapsed() < Duration::from_secs(3) {
+            let rate = if begin.elapsed() > Duration::from_secs(1) {
+                20
+            } else {
+                6
+            };
+            live.runtime
+                .block_on(shaper.resize(&[(number, mbit(rate), mbit(rate))]))
+                .unwrap();
+            let now = shaper.counters().unwrap()[&number].map(|traffic| traffic.bytes);
+            assert!(now[0] >= last[0] && now[1] >= last[1], "totals run backwards");
+            last = now;
+            thread::sleep(Duration::from_millis(30));
+        }
+        let carried = download.join().unwrap();
+        // A second of 6 and two of 20 Mbit/s.
+        assert_about(carried, Rate::from_bits_per_second(46_000_000 / 3), "download");
+    });
+}
+
+#[test]
+fn together_peers_get_no_more_than_the_node_allows_and_each_its_share() {
+    let live = Live::new();
+    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10)), grant(mbit(10), mbit(10))]);
+    live.runtime
+        .block_on(shaper.set_node(Some(mbit(10)), Some(mbit(10))))
+        .unwrap();
+    let carried = thread::scope(|scope| {
+        let live = &live;
+        [0, 1]
+            .map(|number| scope.spawn(move || live.download(peer(number), LONG)))
+            .map(|download| download.join().unwrap())
+    });
+    let together = Carried {
+        bytes: carried[0].bytes + carried[1].bytes,
+        time: carried[0].time.max(carried[1].time),
+    };
+    assert_about(together, mbit(10), "together");
+    for each in carried {
+        assert!(each.of(mbit(10)) > 0.35, "{carried:?}");
+    }
+}
+
+#[test]
+fn who_is_revoked_gets_nothing_and_who_comes_after_begins_at_zero() {
+    let live = Live::new();
+    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    assert!(live.reaches(peer(0)) && live.reaches_us(peer(0)));
+    let number = *shaper.counters().unwrap().keys().next().unwrap();
+    live.runtime.block_on(shaper.revoke(number)).unwrap();
+    assert!(!live.reaches(peer(0)) && !live.reaches_us(peer(0)));
+    let next = live
+        .runtime
+        .block_on(shaper.grant(&[peer(1)], grant(mbit(10), mbit(10))))
+        .unwrap();
+    assert_eq!(next, number, "the number is used again");
+    assert_eq!(shaper.counters().unwrap()[&next].map(|traffic| traffic.bytes), [0, 0]);
+    // An address that moves is its new peer's, and who has none left is gone.
+    let both = live
+        .runtime
+        .block_on(shaper.grant(&[peer(1), peer(2)], grant(mbit(10), mbit(10))))
+        .unwrap();
+    assert_eq!(shaper.peers().into_keys().collect::<Vec<_>>(), [both]);
+    assert!(live.reaches(peer(1)) && live.reaches(peer(2)));
+}
+
+#[test]
+fn a_lease_ends_by_itself() {
+    let live = Live::new();
+    let until = Instant::now() + Duration::from_secs(2);
+    let short = Grant {
+        until,
+        ..grant(mbit(10), mbit(10))
+    };
+    let shaper = live.shaped(Mode::Htb, &[short]);
+    if Instant::now() + Duration::from_secs(1) < until {
+        assert!(live.reaches(peer(0)));
+    }
+    thread::sleep(until.saturating_duration_since(Instant::now()));
+    assert!(!live.reaches(peer(0)) && !live.reaches_us(peer(0)));
+    assert!(shaper.refused().unwrap()["lease"].packets >= 2);
+}
+
+/// Another process grants the first peer 10 Mbit/s, and is killed.
+fn shape_and_die(live: &Live, hook: &str) {
+    let mut holder: Child = Command::new(env!("CARGO_BIN_EXE_ebpf-loader"))
+        .args([TUNNEL, live.bed.pin_dir().to_str().unwrap(), hook, &peer(0).to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(holder.stdout.as_mut().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert_eq!(line, "shaped\n");
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}
+
+fn outlives_its_daemon(hook: Hook, name: &str) {
+    let live = Live::new();
+    shape_and_die(&live, name);
+    live.up();
+    assert_about(live.download(peer(0), LONG), mbit(10), "without a daemon");
+    assert!(!live.reaches(peer(1)) && !live.reaches_us(peer(1)), "a stranger");
+
+    let config = ShaperConfig {
+        hook: Some(hook),
+        ..Live::config(Mode::Edt)
+    };
+    // While it carries: the programs are swapped, the interface stays up, and nobody else gets in between.
+    let mut shaper = thread::scope(|scope| {
+        let download = scope.spawn(|| live.download(peer(0), LONG));
+        thread::sleep(Duration::from_millis(300));
+        let shaper = live.open_with(config).unwrap();
+        assert_about(download.join().unwrap(), mbit(10), "while taken over");
+        shaper
+    });
+    assert_eq!(shaper.modes().down, Mode::Htb, "what is there is kept");
+    let (number, addresses) = shaper.peers().into_iter().next().unwrap();
+    assert_eq!(addresses, BTreeSet::from([peer(0)]));
+    let [down, _] = shaper.counters().unwrap()[&number];
+    assert!(down.bytes > 4_000_000, "{down:?} goes on from before");
+    let again = live
+        .runtime
+        .block_on(shaper.grant(&[peer(0)], grant(mbit(10), mbit(10))))
+        .unwrap();
+    assert_eq!(again, number);
+    assert!(shaper.counters().unwrap()[&number][0].bytes >= down.bytes);
+    live.runtime.block_on(shaper.retain(&BTreeSet::new())).unwrap();
+    assert!(!live.reaches(peer(0)));
+}
+
+#[test]
+fn grants_outlive_a_killed_daemon_and_are_taken_over_on_tcx() {
+    outlives_its_daemon(Hook::Tcx, "shape-tcx");
+}
+
+#[test]
+fn grants_outlive_a_killed_daemon_and_are_taken_over_on_clsact() {
+    outlives_its_daemon(Hook::Clsact, "shape-clsact");
+}
+
+#[test]
+fn what_others_take_away_is_closed_until_it_is_repaired() {
+    let live = Live::new();
+    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    let reconcile = |shaper: &mut Shaper| live.runtime.block_on(shaper.reconcile()).unwrap();
+    assert_eq!(reconcile(&mut shaper), [] as [String; 0]);
+
+    ip(&["link", "del", &format!("{TUNNEL}up")]);
+    assert!(!live.reaches_us(peer(0)), "no upload without the device");
+    assert!(live.reaches(peer(0)));
+    assert_eq!(
+        reconcile(&mut shaper),
+        ["the device dvpnp0up", "the qdisc of the upload"]
+    );
+    assert_about(live.upload(peer(0), LONG), mbit(10), "upload");
+
+    tc(&["qdisc", "del", "dev", TUNNEL, "root"]);
+    let unpaced = live.download(peer(0), LONG);
+    assert_no_more(unpaced, Rate::from_bits_per_second(11_500_000), "without the qdisc");
+    tc(&["qdisc", "del", "dev", "dvpnp0up", "root"]);
+    let unpaced = live.upload(peer(0), LONG);
+    assert_no_more(unpaced, Rate::from_bits_per_second(11_500_000), "without the qdisc");
+    assert_eq!(
+        reconcile(&mut shaper),
+        ["the qdisc of the download", "the qdisc of the upload"]
+    );
+    both_ways(&live, &shaper, peer(0), [mbit(10), mbit(10)]);
+    assert_eq!(reconcile(&mut shaper), [] as [String; 0]);
+}
+
+#[test]
+fn a_class_that_no_program_chose_carries_nothing() {
+    let live = Live::new();
+    let shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    assert!(live.reaches(peer(0)));
+    // Somebody takes the program off and leaves the qdisc.
+    drop(shaper);
+    let folder = live.bed.pin_dir().join(format!("v{}", abi::VERSION)).join(TUNNEL);
+    for pin in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        if pin.file_name().unwrap().to_str().unwrap().starts_with("down-") {
+            fs::remove_file(pin).unwrap();
+        }
+    }
+    // The kernel lets go of an unpinned link by a work queue.
+    wait(|| !live.reaches(peer(0))).expect("nothing passes");
+    assert!(!live.reaches(peer(1)));
+}
+
+#[test]
+fn an_interface_that_was_made_anew_is_shaped_anew() {
+    let mut live = Live::new();
+    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    live.disconnect();
+    let gone = live.runtime.block_on(shaper.reconcile()).unwrap_err();
+    assert!(matches!(gone, host::Error::NoInterface(_)), "{gone:?}");
+    live.connect();
+    let other = live.runtime.block_on(shaper.reconcile()).unwrap_err();
+    assert!(matches!(other, host::Error::NoInterface(_)), "{other:?}");
+    drop(shaper);
+    let shaper = live.open(Mode::Htb);
+    assert!(
+        shaper.peers().is_empty(),
+        "peers of the interface before are nobody here"
+    );
+    live.up();
+    assert!(!live.reaches(peer(0)) && !live.reaches_us(peer(0)));
+    let mut shaper = shaper;
+    live.runtime
+        .block_on(shaper.grant(&[peer(0)], grant(mbit(10), mbit(10))))
+        .unwrap();
+    assert!(live.reaches(peer(0)) && live.reaches_us(peer(0)));
+}
+
+#[test]
+fn an_interface_that_is_up_is_taken_down_before_its_programs_come() {
+    let live = Live::new();
+    let shaper = live.open(Mode::Htb);
+    let state = fs::read_to_string(format!("/sys/class/net/{TUNNEL}/flags")).unwrap_or_default();
+    assert!(!live.reaches(peer(0)), "{state}");
+    live.up();
+    assert!(!live.reaches(peer(0)), "nobody is granted anything");
+    assert!(shaper.refused().unwrap()["unknown"].packets >= 1);
+}
+
+#[test]
+fn without_a_bpf_file_system_there_is_no_shaper_and_nothing_is_left() {
+    let live = Live::new();
+    let plain = tempfile::tempdir().unwrap();
+    let loader = Loader::new(plain.path().join("dvpn"));
+    let opened = live
+        .runtime
+        .block_on(Shaper::open(&live.host, &loader, Live::config(Mode::Htb)));
+    let error = opened.err().unwrap();
+    assert!(
+        matches!(&error, host::Error::Programs(ProgramsError::NotBpffs { .. })),
+        "{error:?}"
+    );
+    assert!(!tc(&["qdisc", "show"]).contains("htb"), "{}", tc(&["qdisc", "show"]));
+    assert!(!tc(&["qdisc", "show"]).contains("dvpnp0up"));
+    assert!(!live.reaches(peer(0)), "the interface is down");
+}
+
+#[test]
+fn without_the_right_to_load_programs_there_is_no_shaper() {
+    let live = Live::new();
+    let output = Command::new("setpriv")
+        .args(["--bounding-set", "-bpf,-sys_admin"])
+        .arg(env!("CARGO_BIN_EXE_ebpf-loader"))
+        .args([
+            TUNNEL,
+            live.bed.pin_dir().to_str().unwrap(),
+            "shape-tcx",
+            &peer(0).to_string(),
+        ])
+        .stdin(Stdio::null())
+        .output()
+        .expect("setpriv(1): install util-linux");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("CAP_BPF"), "{error}");
+    assert!(!live.reaches(peer(0)), "the interface is down");
+}
+
+#[test]
+fn programs_of_others_before_and_after_go_on() {
+    let live = Live::new();
+    let before = Counters::attach(TUNNEL, &live.bed.pin_dir().join("before")).unwrap();
+    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    let after = Counters::attach(TUNNEL, &live.bed.pin_dir().join("after")).unwrap();
+    let filter = Counters::attach_through(TUNNEL, &live.bed.pin_dir().join("filter"), Hook::Clsact).unwrap();
+    assert!(live.reaches(peer(0)) && live.reaches_us(peer(0)));
+    for (name, counters) in [("before", &before), ("after", &after), ("filter", &filter)] {
+        assert!(
+            counters.read().unwrap()[1].packets > 0,
+            "{name} does not see the download"
+        );
+    }
+    assert!(before.read().unwrap()[0].packets > 0, "before does not see the upload");
+    live.runtime.block_on(shaper.reconcile()).unwrap();
+    assert!(live.reaches(peer(0)) && live.reaches_us(peer(0)));
+    // A stranger's packet is dropped where it would have gone on to those behind.
+    let seen = [before.read().unwrap()[1], after.read().unwrap()[1]];
+    assert!(!live.reaches(peer(3)));
+    assert!(before.read().unwrap()[1].packets > seen[0].packets);
+    assert_eq!(after.read().unwrap()[1], seen[1]);
+}
+
+#[test]
+fn closing_takes_everything_out() {
+    let live = Live::new();
+    let shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    live.runtime.block_on(shaper.close()).unwrap();
+    let qdiscs = tc(&["qdisc", "show"]);
+    assert!(!qdiscs.contains("htb") && !qdiscs.contains("dvpnp0up"), "{qdiscs}");
+    let folder = live.bed.pin_dir().join(format!("v{}", abi::VERSION)).join(TUNNEL);
+    assert!(!folder.exists());
+    live.up();
+    wait(|| live.reaches(peer(0))).expect("nothing of ours is in the way any more");
+}
+
+#[test]
+fn cleanup_finds_what_a_killed_daemon_left() {
+    let live = Live::new();
+    shape_and_die(&live, "shape-tcx");
+    let report = live.runtime.block_on(live.host.cleanup(&live.bed.pin_dir()));
+    let report: Vec<String> = report.into_iter().map(Result::unwrap).collect();
+    for part in ["interface dvpnp0", "interface dvpnp0up", "eBPF pins"] {
+        assert!(report.iter().any(|line| line.contains(part)), "{part}: {report:?}");
+    }
+    assert!(!tc(&["qdisc", "show"]).contains("dvpnp0up"));
+}
+
+#[test]
+fn a_node_is_full_when_its_maps_are() {
+    let live = Live::new();
+    let mut shaper = live.open(Mode::Police);
+    let address = |number: u32| IpAddr::from((0x0a0a_0000_u32 + number).to_be_bytes());
+    live.runtime.block_on(async {
+        for number in 0..abi::MAX_PEERS {
+            let granted = shaper.grant(&[address(number)], grant(mbit(1), mbit(1))).await;
+            granted.unwrap();
+        }
+        let full = shaper.grant(&[peer(0)], grant(mbit(1), mbit(1))).await.unwrap_err();
+        assert!(
+            matches!(full, host::Error::Programs(ProgramsError::Full { .. })),
+            "{full:?}"
+        );
+    });
+    live.up();
+    assert!(!live.reaches(peer(0)), "who does not fit gets nothing");
+}
+
+#[test]
+fn the_longest_buffer_of_a_local_sender_fits_its_grant() {
+    let live = Live::new();
+    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(20), mbit(1))]);
+    let shown = || {
+        let output = Command::new("ip")
+            .args(["-d", "link", "show", TUNNEL])
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    // 5 ms at 20 Mbit/s are 12500 bytes.
+    assert!(shown().contains("gso_max_size 8192"), "{}", shown());
+    let number = *shaper.counters().unwrap().keys().next().unwrap();
+    live.runtime
+        .block_on(shaper.resize(&[(number, mbit(1000), mbit(1))]))
+        .unwrap();
+    assert!(shown().contains("gso_max_size 65536"), "{}", shown());
+    assert_eq!(u32::from(MTU), 1420);
+}

@@ -58,7 +58,7 @@ pub const COUNT_INGRESS: &str = "count_ingress";
 pub const COUNT_EGRESS: &str = "count_egress";
 /// Program on a tunnel's egress hook: the download of its peers.
 pub const SHAPE_DOWN: &str = "shape_down";
-/// Program on a tunnel's ingress hook: takes the upload of its peers to the intermediate device.
+/// Program on a tunnel's ingress hook: what of its peers' upload may go to the intermediate device.
 pub const ADMIT_UP: &str = "admit_up";
 /// Program on the intermediate device's egress hook: the upload of the tunnel's peers.
 pub const SHAPE_UP: &str = "shape_up";
@@ -96,12 +96,10 @@ pub mod refused {
     pub const NODE: u32 = 4;
     /// The kernel did not take the time of departure.
     pub const UNPACED: u32 = 5;
-    /// The upload does not reach the intermediate device.
-    pub const NO_WAY: u32 = 6;
     /// How many there are.
-    pub const LEN: u32 = 7;
+    pub const LEN: u32 = 6;
     /// Their names, in this order.
-    pub const NAMES: [&str; LEN as usize] = ["unknown", "malformed", "lease", "grant", "node", "unpaced", "no_way"];
+    pub const NAMES: [&str; LEN as usize] = ["unknown", "malformed", "lease", "grant", "node", "unpaced"];
 }
 
 /// What one direction of one interface carried.
@@ -199,10 +197,10 @@ pub struct Node {
     pub down: NodeLimit,
     /// From all peers.
     pub up: NodeLimit,
-    /// Index of the intermediate device that paces the upload; 0 while there is none.
-    pub intermediate: u32,
-    /// Index of the tunnel interface that the programs were attached to; for the daemon.
+    /// Index of the tunnel interface that the programs were attached to; the daemon's own.
     pub tunnel: u32,
+    /// Always 0.
+    pub reserved: u32,
 }
 
 #[cfg(feature = "aya")]

@@ -245,8 +245,8 @@ pub fn charge(cell: &impl Cell, meter: Meter, now_ns: u64, bytes: u64) -> Verdic
 #[inline(always)]
 fn charge_within(cell: &impl Cell, meter: Meter, now_ns: u64, bytes: u64, tries: u32) -> Verdict {
     let mut vtime_ns = cell.load();
-    let mut tried = 0;
-    while tried < tries {
+    let mut attempt = 0;
+    while attempt < tries {
         let next = step(meter, vtime_ns, now_ns, bytes);
         if next.vtime_ns == vtime_ns {
             return next.verdict;
@@ -255,7 +255,7 @@ fn charge_within(cell: &impl Cell, meter: Meter, now_ns: u64, bytes: u64, tries:
             Ok(()) => return next.verdict,
             Err(seen_ns) => vtime_ns = seen_ns,
         }
-        tried += 1;
+        attempt += 1;
     }
     // Others were always quicker. It is not this packet's fault: if it would have passed, it passes, and pays.
     match step(meter, vtime_ns, now_ns, bytes).verdict {

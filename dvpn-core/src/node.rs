@@ -11,6 +11,8 @@ const DAY_MINUTES: u16 = 24 * 60;
 /// Why no new clients are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
+    /// What clients are granted is not known, or nothing here enforces it.
+    Unenforced,
     /// The owner said so.
     Drained,
     /// `NODE_MONTHLY_CAP_GB` is used up.
@@ -25,6 +27,7 @@ impl Reason {
     /// For people.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Unenforced => "its clients' grants cannot be enforced, see its log",
             Self::Drained => "drained by its owner",
             Self::MonthlyCap => "the month's volume (NODE_MONTHLY_CAP_GB) is used up",
             Self::Schedule => "outside its hours (NODE_SCHEDULE)",
@@ -89,6 +92,8 @@ impl Default for Rules {
 /// How things are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Standing {
+    /// What clients are granted is not known, or nothing here enforces it.
+    pub unenforced: bool,
     /// The owner drained the node.
     pub drained: bool,
     /// The line's rate is not known.
@@ -106,7 +111,9 @@ pub fn admission(rules: &Rules, standing: &Standing, now: Timestamp) -> Admissio
     };
     let capped = rules.monthly_cap_bytes > 0 && standing.month_bytes >= rules.monthly_cap_bytes;
     let closed_for = rules.schedule.closed_for(now);
-    if capped && grace_over(standing.cap_reached) {
+    if standing.unenforced {
+        Admission::Closed(Reason::Unenforced)
+    } else if capped && grace_over(standing.cap_reached) {
         Admission::Closed(Reason::MonthlyCap)
     } else if closed_for.is_some_and(|age| age >= rules.grace) {
         Admission::Closed(Reason::Schedule)

@@ -9,6 +9,7 @@ use std::{
 use dvpn_common::{
     ids::ProviderId,
     keys::{PrivateKey, PublicKey, VerifyingKey},
+    rate::Rate,
     status::{NodeStatus, Problem},
 };
 use dvpn_core::{
@@ -25,6 +26,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     audit::Audit,
+    ebpf::Loader,
     host::Host,
     http,
     provider::{self, Change, Memory, ProviderConfig, ProviderStatus, Serials, TunnelFactory},
@@ -125,6 +127,7 @@ impl Node {
             status,
             drained,
             line,
+            loader: Loader::new(config.bpf_directory.clone()),
             device,
         };
         let end = CancellationToken::new();
@@ -165,6 +168,7 @@ struct Plan {
     status: watch::Sender<ProviderStatus>,
     drained: watch::Receiver<bool>,
     line: watch::Receiver<Known>,
+    loader: Loader,
     device: TunnelFactory,
 }
 
@@ -241,6 +245,7 @@ impl Plan {
             max_peers: node.max_peers,
             rules: node.rules.clone(),
             limit_bits_per_second: node.limit_bits_per_second,
+            loader: self.loader.clone(),
             drained: self.drained.clone(),
             line: self.line.clone(),
             http: self.http.clone(),

@@ -38,15 +38,10 @@ pub(crate) enum End {
     Destination,
 }
 
-/// Packets and layer-3 bytes that a buffer stands for, on an interface with the loader's link-layer header.
+/// Packets and layer-3 bytes that a buffer stands for.
 #[inline(always)]
 pub(crate) fn size(ctx: &TcContext) -> (u64, u64) {
-    size_behind(ctx, constant(&LINK_HEADER))
-}
-
-/// The same behind a link-layer header of so many bytes.
-#[inline(always)]
-pub(crate) fn size_behind(ctx: &TcContext, link_header: u32) -> (u64, u64) {
+    let link_header = constant(&LINK_HEADER);
     // SAFETY: the kernel hands every run a valid __sk_buff.
     let (gso_size, wire_length) = unsafe { ((*ctx.skb.skb).gso_size, (*ctx.skb.skb).wire_len) };
     let length = ctx.len().saturating_sub(link_header);

@@ -1,8 +1,9 @@
 //! Enforces what each peer is granted.
 //!
-//! The download passes `shape_down` on its way into the tunnel. The upload comes out of the tunnel at `admit_up`, which
-//! takes it to the intermediate device, where `shape_up` paces it on the way out; from there it comes back into the
-//! tunnel interface and goes on. Whoever is not listed gets nothing.
+//! The download passes `shape_down` on its way into the tunnel. The upload comes out of the tunnel at `admit_up`; what
+//! passes there a filter behind all others takes to the intermediate device (act_mirred: some kernels drop there what a
+//! program redirects), where `shape_up` paces it on the way out; from there it comes back into the tunnel interface and
+//! goes on. Whoever is not listed gets nothing.
 #![allow(
     unsafe_code,
     reason = "map values are reached by the kernel's pointers, and helpers are C functions"
@@ -12,8 +13,8 @@
     reason = "one program is one function: calls cost, and the verifier knows less across them"
 )]
 
-use aya_ebpf::bindings::tcx_action_base::{TCX_DROP, TCX_NEXT, TCX_REDIRECT};
-use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_redirect, bpf_skb_change_head, bpf_skb_ecn_set_ce, bpf_skb_set_tstamp};
+use aya_ebpf::bindings::tcx_action_base::{TCX_DROP, TCX_NEXT};
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_skb_ecn_set_ce, bpf_skb_set_tstamp};
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::programs::TcContext;
@@ -24,7 +25,7 @@ use dvpn_common::grant::{Limit, Meter, NodeLimit, Verdict, charge, charge_node};
 
 use crate::cell::MapCell;
 use crate::count::add;
-use crate::packet::{End, address, constant, size, size_behind};
+use crate::packet::{End, address, constant, size};
 
 #[map]
 static PEER_BY_ADDR: HashMap<PeerAddress, u32> = HashMap::with_max_entries(MAX_ADDRESSES, 0);
@@ -53,8 +54,6 @@ static DOWN_MODE: u32 = mode::POLICE;
 #[unsafe(no_mangle)]
 static UP_MODE: u32 = mode::POLICE;
 
-/// Bytes of link-layer header on the intermediate device, which is an Ethernet one.
-const INTERMEDIATE_HEADER: u32 = 14;
 /// `BPF_SKB_TSTAMP_DELIVERY_MONO`, since Linux 6.11 `BPF_SKB_CLOCK_MONOTONIC`.
 const MONOTONIC: u32 = 1;
 
@@ -82,26 +81,14 @@ pub(crate) fn admit_up(ctx: TcContext) -> i32 {
     if peer.charge_backstop(size.1) == Verdict::Drop {
         return peer.lose(refused::GRANT, size);
     }
-    let intermediate = match NODE.get(0) {
-        Some(node) => constant_of(&node.intermediate),
-        None => 0,
-    };
-    // SAFETY: the kernel hands every run a valid __sk_buff.
-    if intermediate == 0 || unsafe { bpf_skb_change_head(ctx.skb.skb, INTERMEDIATE_HEADER, 0) } != 0 {
-        return peer.lose(refused::NO_WAY, size);
-    }
-    // SAFETY: the helper takes any index; where there is no device the kernel drops.
-    if unsafe { bpf_redirect(intermediate, 0) } == i64::from(TCX_REDIRECT) {
-        TCX_REDIRECT
-    } else {
-        peer.lose(refused::NO_WAY, size)
-    }
+    TCX_NEXT
 }
 
 /// Into the intermediate device, from the peer.
 #[classifier]
 pub(crate) fn shape_up(ctx: TcContext) -> i32 {
-    let size = size_behind(&ctx, INTERMEDIATE_HEADER);
+    // The packets are as they came out of the tunnel, although the device is an Ethernet one.
+    let size = size(&ctx);
     match Peer::find(&ctx, End::Source, UP) {
         Ok(peer) => peer.pace(&ctx, size, constant(&UP_MODE)),
         Err(reason) => refuse(reason, size),
@@ -278,10 +265,4 @@ unsafe fn meter(meter: *const Meter) -> Meter {
             horizon_ns: (&raw const (*meter).horizon_ns).read_volatile(),
         }
     }
-}
-
-#[inline(always)]
-fn constant_of(value: &u32) -> u32 {
-    // SAFETY: a reference is valid; the daemon may write at any time.
-    unsafe { core::ptr::read_volatile(value) }
 }

@@ -89,6 +89,12 @@ pub(crate) fn inject_frame(tap: &SyncDevice, payload: usize) -> u64 {
     inject_behind(tap, &header, payload)
 }
 
+/// These bytes out of the tunnel, as they are.
+pub(crate) fn inject_raw(tun: &SyncDevice, packet: &[u8]) {
+    let buffer = [&[0; VNET], packet].concat();
+    assert_eq!(tun.send(&buffer).unwrap(), buffer.len());
+}
+
 fn inject_behind(tun: &SyncDevice, link_header: &[u8], payload: usize) -> u64 {
     let mut buffer = vec![0; VNET];
     buffer.extend_from_slice(link_header);

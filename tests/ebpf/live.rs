@@ -7,6 +7,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::PathBuf,
     process::{Command, Stdio},
     sync::Arc,
     thread::{self, JoinHandle},
@@ -35,8 +36,23 @@ pub(crate) fn peer(number: u8) -> IpAddr {
     Ipv4Addr::new(10, 9, 0, 2 + number).into()
 }
 
+/// A rate of a test. An emulated machine carries less: `DVPN_TEST_RATE_DIVISOR` makes all of them smaller.
 pub(crate) fn mbit(rate: u64) -> Rate {
-    Rate::from_bits_per_second(rate * 1_000_000)
+    let divisor = std::env::var("DVPN_TEST_RATE_DIVISOR").map_or(1, |divisor| divisor.parse().unwrap());
+    Rate::from_bits_per_second(rate * 1_000_000 / divisor)
+}
+
+/// So many tenths of it.
+pub(crate) fn tenths(rate: Rate, tenths: u64) -> Rate {
+    Rate::from_bits_per_second(rate.bits_per_second() * tenths / 10)
+}
+
+/// The program that stands for a daemon.
+pub(crate) fn holder() -> PathBuf {
+    std::env::var_os("DVPN_BIN_DIR").map_or_else(
+        || PathBuf::from(env!("CARGO_BIN_EXE_ebpf-loader")),
+        |folder| PathBuf::from(folder).join("ebpf-loader"),
+    )
 }
 
 pub(crate) fn grant(down: Rate, up: Rate) -> Grant {
@@ -214,6 +230,15 @@ impl Live {
 
 impl Drop for Live {
     fn drop(&mut self) {
+        if thread::panicking() && self.pump.is_some() {
+            // Where the packets of a failed test went.
+            let links = Command::new("ip")
+                .args(["-s", "-s", "link"])
+                .output()
+                .map(|output| output.stdout);
+            let links = String::from_utf8_lossy(&links.unwrap_or_default()).into_owned();
+            println!("{}\n{links}", tc(&["-s", "qdisc", "show"]));
+        }
         self.disconnect();
     }
 }

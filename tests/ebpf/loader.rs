@@ -1,7 +1,7 @@
 //! Attaches programs and waits to be killed: stands for a daemon that dies.
 //!
-//! Arguments: interface, pin folder, and `tcx` or `clsact` for the counting programs, or `shape-tcx` or `shape-clsact`
-//! and an address for a shaper that grants it 10 Mbit/s both ways. Says `attached` or `shaped` and reads standard input
+//! Arguments: interface, pin folder, and `tcx` or `clsact` for the counting programs, or `shape`, `shape-tcx` or
+//! `shape-clsact`, an address and bits per second for a shaper that grants it so much both ways. Says `attached` or `shaped` and reads standard input
 //! to its end.
 
 use std::io::{self, Read as _, Write as _};
@@ -11,36 +11,38 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use dvpn_common::rate::Rate;
 use dvpn_daemon::ebpf::{Counters, Hook, Loader};
-use dvpn_daemon::host::{Grant, Host, Mode, Shaper, ShaperConfig};
+use dvpn_daemon::host::{Grant, Host, Shaper, ShaperConfig};
 
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
     let interface = arguments.next().context("no interface")?;
     let pin_dir = PathBuf::from(arguments.next().context("no pin folder")?);
     let what = arguments.next().context("no hook")?;
-    let hook = match what.trim_start_matches("shape-") {
-        "tcx" => Hook::Tcx,
-        "clsact" => Hook::Clsact,
+    let (shape, hook) = match what.as_str() {
+        "tcx" => (false, Some(Hook::Tcx)),
+        "clsact" => (false, Some(Hook::Clsact)),
+        "shape" => (true, None),
+        "shape-tcx" => (true, Some(Hook::Tcx)),
+        "shape-clsact" => (true, Some(Hook::Clsact)),
         other => bail!("no such hook: {other:?}"),
     };
-    if !what.starts_with("shape-") {
+    if let (false, Some(hook)) = (shape, hook) {
         let _counters = Counters::attach_through(&interface, &pin_dir, hook)?;
         return wait(b"attached\n");
     }
     let address = arguments.next().context("no address")?.parse()?;
+    let rate = Rate::from_bits_per_second(arguments.next().context("no rate")?.parse()?);
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
         .build()?
         .block_on(async {
             let config = ShaperConfig {
-                best: Mode::Htb,
-                hook: Some(hook),
+                hook,
                 ..ShaperConfig::new(interface, 1420)
             };
             let (host, loader) = (Host::open()?, Loader::new(pin_dir));
             let mut shaper = Shaper::open(&host, &loader, config).await?;
-            let rate = Rate::from_bits_per_second(10_000_000);
             let grant = Grant {
                 down: rate,
                 up: rate,

@@ -29,7 +29,7 @@ fn counter(packets: u64, bytes: u64) -> Counter {
 
 /// Another process attaches the programs and is killed.
 fn attach_and_die(pin_dir: &Path, hook: &str) {
-    let mut loader: Child = Command::new(env!("CARGO_BIN_EXE_ebpf-loader"))
+    let mut loader: Child = Command::new(live::holder())
         .arg(INTERFACE)
         .arg(pin_dir)
         .arg(hook)

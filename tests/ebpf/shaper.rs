@@ -10,15 +10,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dvpn_common::{abi, rate::Rate};
+use dvpn_common::{
+    abi::{self, Counter},
+    grant::Meter,
+    rate::Rate,
+};
 use dvpn_daemon::{
     ebpf::{Counters, Error as ProgramsError, Hook, Loader},
     host::{self, Grant, Mode, Shaper, ShaperConfig},
 };
 
 use crate::{
-    bed::wait,
-    live::{Carried, Live, MTU, TUNNEL, grant, ip, mbit, peer, tc},
+    bed::{self, Bed, INTERFACE, wait},
+    live::{Carried, Live, MTU, TUNNEL, grant, holder, ip, mbit, peer, tc, tenths},
 };
 
 const LONG: Duration = Duration::from_secs(2);
@@ -56,7 +60,7 @@ fn both_ways(live: &Live, shaper: &Shaper, address: IpAddr, [down, up]: [Rate; 2
     let carried = live.upload(address, LONG);
     assert_about(carried, up, "upload");
     let [down, up] = *shaper.counters().unwrap().values().next().unwrap();
-    assert!(down.bytes > 100_000 && up.bytes > 100_000, "{down:?} {up:?}");
+    assert!(down.bytes > 50_000 && up.bytes > 50_000, "{down:?} {up:?}");
 }
 
 #[test]
@@ -112,14 +116,14 @@ fn a_policed_tunnel_never_carries_more() {
         ("upload", live.upload(peer(0), LONG)),
     ] {
         assert_no_more(carried, mbit(20), what);
-        assert!(carried.bytes > 50_000, "{what}: {carried:?}");
+        assert!(carried.bytes > 20_000, "{what}: {carried:?}");
     }
 }
 
 #[test]
 fn each_peer_has_its_own_grant_at_the_same_time_and_a_stranger_has_none() {
     let live = Live::new();
-    let shaper = live.shaped(Mode::Htb, &[grant(mbit(5), mbit(5)), grant(mbit(10), mbit(10))]);
+    let shaper = live.shaped(Mode::Edt, &[grant(mbit(5), mbit(5)), grant(mbit(10), mbit(10))]);
     thread::scope(|scope| {
         let downloads = [0, 1].map(|number| {
             let live = &live;
@@ -141,18 +145,19 @@ fn each_peer_has_its_own_grant_at_the_same_time_and_a_stranger_has_none() {
 fn a_flood_of_small_packets_gets_no_more_than_the_grant() {
     let live = Live::new();
     let rate = mbit(2);
-    let _shaper = live.shaped(Mode::Htb, &[grant(rate, rate)]);
+    let _shaper = live.shaped(Mode::Edt, &[grant(rate, rate)]);
     let (bytes, time) = live.flood(peer(0), 100, LONG);
-    // 28 bytes of headers each; 96 ms are queued at 2 Mbit/s.
-    let (carried, possible) = (bytes * 128 / 100, time + Duration::from_millis(150));
+    // 28 bytes of headers each; two horizons may be booked ahead.
+    let booked = Duration::from_nanos(2 * Meter::paced(rate).horizon_ns);
+    let (carried, possible) = (bytes * 128 / 100, time + booked + Duration::from_millis(50));
     let most = rate.bytes_per_second() * u64::try_from(possible.as_millis()).unwrap() / 1000;
-    assert!(carried <= most && carried > most / 2, "{carried} of {most}");
+    assert!(carried <= most && carried > most / 4, "{carried} of {most}");
 }
 
 #[test]
 fn a_grant_that_changes_under_load_is_followed() {
     let live = Live::new();
-    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(4), mbit(4))]);
+    let mut shaper = live.shaped(Mode::Edt, &[grant(mbit(4), mbit(4))]);
     let number = *shaper.counters().unwrap().keys().next().unwrap();
     thread::scope(|scope| {
         let download = scope.spawn(|| live.download(peer(0), Duration::from_secs(3)));
@@ -175,14 +180,18 @@ fn a_grant_that_changes_under_load_is_followed() {
         }
         let carried = download.join().unwrap();
         // A second of 6 and two of 20 Mbit/s.
-        assert_about(carried, Rate::from_bits_per_second(46_000_000 / 3), "download");
+        assert_about(
+            carried,
+            Rate::from_bits_per_second(mbit(46).bits_per_second() / 3),
+            "download",
+        );
     });
 }
 
 #[test]
 fn together_peers_get_no_more_than_the_node_allows_and_each_its_share() {
     let live = Live::new();
-    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10)), grant(mbit(10), mbit(10))]);
+    let mut shaper = live.shaped(Mode::Edt, &[grant(mbit(10), mbit(10)), grant(mbit(10), mbit(10))]);
     live.runtime
         .block_on(shaper.set_node(Some(mbit(10)), Some(mbit(10))))
         .unwrap();
@@ -205,7 +214,7 @@ fn together_peers_get_no_more_than_the_node_allows_and_each_its_share() {
 #[test]
 fn who_is_revoked_gets_nothing_and_who_comes_after_begins_at_zero() {
     let live = Live::new();
-    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    let mut shaper = live.shaped(Mode::Edt, &[grant(mbit(10), mbit(10))]);
     assert!(live.reaches(peer(0)) && live.reaches_us(peer(0)));
     let number = *shaper.counters().unwrap().keys().next().unwrap();
     live.runtime.block_on(shaper.revoke(number)).unwrap();
@@ -233,7 +242,7 @@ fn a_lease_ends_by_itself() {
         until,
         ..grant(mbit(10), mbit(10))
     };
-    let shaper = live.shaped(Mode::Htb, &[short]);
+    let shaper = live.shaped(Mode::Edt, &[short]);
     if Instant::now() + Duration::from_secs(1) < until {
         assert!(live.reaches(peer(0)));
     }
@@ -244,8 +253,9 @@ fn a_lease_ends_by_itself() {
 
 /// Another process grants the first peer 10 Mbit/s, and is killed.
 fn shape_and_die(live: &Live, hook: &str) {
-    let mut holder: Child = Command::new(env!("CARGO_BIN_EXE_ebpf-loader"))
+    let mut holder: Child = Command::new(holder())
         .args([TUNNEL, live.bed.pin_dir().to_str().unwrap(), hook, &peer(0).to_string()])
+        .arg(mbit(10).bits_per_second().to_string())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -278,11 +288,14 @@ fn outlives_its_daemon(hook: Hook, name: &str) {
         assert_about(download.join().unwrap(), mbit(10), "while taken over");
         shaper
     });
-    assert_eq!(shaper.modes().down, Mode::Htb, "what is there is kept");
+    assert_ne!(shaper.modes().down, Mode::Police, "what is there is kept");
     let (number, addresses) = shaper.peers().into_iter().next().unwrap();
     assert_eq!(addresses, BTreeSet::from([peer(0)]));
     let [down, _] = shaper.counters().unwrap()[&number];
-    assert!(down.bytes > 4_000_000, "{down:?} goes on from before");
+    assert!(
+        down.bytes > mbit(10).bytes_per_second() * 3,
+        "{down:?} goes on from before"
+    );
     let again = live
         .runtime
         .block_on(shaper.grant(&[peer(0)], grant(mbit(10), mbit(10))))
@@ -306,7 +319,7 @@ fn grants_outlive_a_killed_daemon_and_are_taken_over_on_clsact() {
 #[test]
 fn what_others_take_away_is_closed_until_it_is_repaired() {
     let live = Live::new();
-    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    let mut shaper = live.shaped(Mode::Edt, &[grant(mbit(10), mbit(10))]);
     let reconcile = |shaper: &mut Shaper| live.runtime.block_on(shaper.reconcile()).unwrap();
     assert_eq!(reconcile(&mut shaper), [] as [String; 0]);
 
@@ -321,10 +334,10 @@ fn what_others_take_away_is_closed_until_it_is_repaired() {
 
     tc(&["qdisc", "del", "dev", TUNNEL, "root"]);
     let unpaced = live.download(peer(0), LONG);
-    assert_no_more(unpaced, Rate::from_bits_per_second(11_500_000), "without the qdisc");
+    assert_no_more(unpaced, tenths(mbit(10), 13), "without the qdisc");
     tc(&["qdisc", "del", "dev", "dvpnp0up", "root"]);
     let unpaced = live.upload(peer(0), LONG);
-    assert_no_more(unpaced, Rate::from_bits_per_second(11_500_000), "without the qdisc");
+    assert_no_more(unpaced, tenths(mbit(10), 13), "without the qdisc");
     assert_eq!(
         reconcile(&mut shaper),
         ["the qdisc of the download", "the qdisc of the upload"]
@@ -354,7 +367,7 @@ fn a_class_that_no_program_chose_carries_nothing() {
 #[test]
 fn an_interface_that_was_made_anew_is_shaped_anew() {
     let mut live = Live::new();
-    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    let mut shaper = live.shaped(Mode::Edt, &[grant(mbit(10), mbit(10))]);
     live.disconnect();
     let gone = live.runtime.block_on(shaper.reconcile()).unwrap_err();
     assert!(matches!(gone, host::Error::NoInterface(_)), "{gone:?}");
@@ -362,7 +375,7 @@ fn an_interface_that_was_made_anew_is_shaped_anew() {
     let other = live.runtime.block_on(shaper.reconcile()).unwrap_err();
     assert!(matches!(other, host::Error::NoInterface(_)), "{other:?}");
     drop(shaper);
-    let shaper = live.open(Mode::Htb);
+    let shaper = live.open(Mode::Edt);
     assert!(
         shaper.peers().is_empty(),
         "peers of the interface before are nobody here"
@@ -379,7 +392,7 @@ fn an_interface_that_was_made_anew_is_shaped_anew() {
 #[test]
 fn an_interface_that_is_up_is_taken_down_before_its_programs_come() {
     let live = Live::new();
-    let shaper = live.open(Mode::Htb);
+    let shaper = live.open(Mode::Edt);
     let state = fs::read_to_string(format!("/sys/class/net/{TUNNEL}/flags")).unwrap_or_default();
     assert!(!live.reaches(peer(0)), "{state}");
     live.up();
@@ -394,7 +407,7 @@ fn without_a_bpf_file_system_there_is_no_shaper_and_nothing_is_left() {
     let loader = Loader::new(plain.path().join("dvpn"));
     let opened = live
         .runtime
-        .block_on(Shaper::open(&live.host, &loader, Live::config(Mode::Htb)));
+        .block_on(Shaper::open(&live.host, &loader, Live::config(Mode::Edt)));
     let error = opened.err().unwrap();
     assert!(
         matches!(&error, host::Error::Programs(ProgramsError::NotBpffs { .. })),
@@ -410,7 +423,7 @@ fn without_the_right_to_load_programs_there_is_no_shaper() {
     let live = Live::new();
     let output = Command::new("setpriv")
         .args(["--bounding-set", "-bpf,-sys_admin"])
-        .arg(env!("CARGO_BIN_EXE_ebpf-loader"))
+        .arg(holder())
         .args([
             TUNNEL,
             live.bed.pin_dir().to_str().unwrap(),
@@ -429,17 +442,15 @@ fn without_the_right_to_load_programs_there_is_no_shaper() {
 fn programs_of_others_before_and_after_go_on() {
     let live = Live::new();
     let before = Counters::attach(TUNNEL, &live.bed.pin_dir().join("before")).unwrap();
-    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    let mut shaper = live.shaped(Mode::Edt, &[grant(mbit(10), mbit(10))]);
     let after = Counters::attach(TUNNEL, &live.bed.pin_dir().join("after")).unwrap();
     let filter = Counters::attach_through(TUNNEL, &live.bed.pin_dir().join("filter"), Hook::Clsact).unwrap();
     assert!(live.reaches(peer(0)) && live.reaches_us(peer(0)));
     for (name, counters) in [("before", &before), ("after", &after), ("filter", &filter)] {
-        assert!(
-            counters.read().unwrap()[1].packets > 0,
-            "{name} does not see the download"
-        );
+        let [up, down] = counters.read().unwrap();
+        assert!(down.packets > 0, "{name} does not see the download");
+        assert!(up.packets > 0, "{name} does not see the upload");
     }
-    assert!(before.read().unwrap()[0].packets > 0, "before does not see the upload");
     live.runtime.block_on(shaper.reconcile()).unwrap();
     assert!(live.reaches(peer(0)) && live.reaches_us(peer(0)));
     // A stranger's packet is dropped where it would have gone on to those behind.
@@ -452,7 +463,7 @@ fn programs_of_others_before_and_after_go_on() {
 #[test]
 fn closing_takes_everything_out() {
     let live = Live::new();
-    let shaper = live.shaped(Mode::Htb, &[grant(mbit(10), mbit(10))]);
+    let shaper = live.shaped(Mode::Edt, &[grant(mbit(10), mbit(10))]);
     live.runtime.block_on(shaper.close()).unwrap();
     let qdiscs = tc(&["qdisc", "show"]);
     assert!(!qdiscs.contains("htb") && !qdiscs.contains("dvpnp0up"), "{qdiscs}");
@@ -465,10 +476,10 @@ fn closing_takes_everything_out() {
 #[test]
 fn cleanup_finds_what_a_killed_daemon_left() {
     let live = Live::new();
-    shape_and_die(&live, "shape-tcx");
+    shape_and_die(&live, "shape");
     let report = live.runtime.block_on(live.host.cleanup(&live.bed.pin_dir()));
     let report: Vec<String> = report.into_iter().map(Result::unwrap).collect();
-    for part in ["interface dvpnp0", "interface dvpnp0up", "eBPF pins"] {
+    for part in ["interface dvpnp0", "interface dvpnp0up", "eBPF pin"] {
         assert!(report.iter().any(|line| line.contains(part)), "{part}: {report:?}");
     }
     assert!(!tc(&["qdisc", "show"]).contains("dvpnp0up"));
@@ -497,7 +508,7 @@ fn a_node_is_full_when_its_maps_are() {
 #[test]
 fn the_longest_buffer_of_a_local_sender_fits_its_grant() {
     let live = Live::new();
-    let mut shaper = live.shaped(Mode::Htb, &[grant(mbit(20), mbit(1))]);
+    let mut shaper = live.shaped(Mode::Edt, &[grant(mbit(20), mbit(1))]);
     let shown = || {
         let output = Command::new("ip")
             .args(["-d", "link", "show", TUNNEL])
@@ -513,4 +524,49 @@ fn the_longest_buffer_of_a_local_sender_fits_its_grant() {
         .unwrap();
     assert!(shown().contains("gso_max_size 65536"), "{}", shown());
     assert_eq!(u32::from(MTU), 1420);
+}
+
+#[test]
+fn super_packets_and_truncated_headers_of_a_tunnel_are_counted_as_what_they_are() {
+    for best in [Mode::Edt, Mode::Police] {
+        let bed = Bed::new();
+        let tun = bed::tun();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let host = runtime.block_on(async { host::Host::open() }).unwrap();
+        let config = ShaperConfig {
+            best,
+            ..ShaperConfig::new(INTERFACE, MTU)
+        };
+        let opened = runtime.block_on(Shaper::open(&host, &Loader::new(bed.pin_dir()), config));
+        let mut shaper = opened.unwrap();
+        let granted = runtime.block_on(shaper.grant(&[peer(0)], grant(mbit(100), mbit(100))));
+        let number = granted.unwrap();
+        ip(&["link", "set", INTERFACE, "up"]);
+
+        let seen = |direction: u32| {
+            let traffic = shaper.counters().unwrap()[&number][direction as usize];
+            (traffic.packets, traffic.bytes)
+        };
+        let counted = |direction, expected: Counter| {
+            let expected = (expected.packets, expected.bytes);
+            assert!(expected.1 > 63_000);
+            wait(|| seen(direction) == expected)
+                .unwrap_or_else(|()| panic!("{:?}, expected {expected:?}", seen(direction)));
+        };
+        counted(abi::DOWN, bed::send_super_packet(45, 1392));
+        // The answers to this one go down again.
+        counted(abi::UP, bed::inject_super_packet(&tun, 46, 1380));
+
+        bed::inject_raw(&tun, &[&[0x45][..], &[0; 18]].concat());
+        bed::inject_raw(&tun, &[&[0x60][..], &[0; 38]].concat());
+        let malformed = || shaper.refused().unwrap()["malformed"];
+        wait(|| malformed().packets == 2).unwrap_or_else(|()| panic!("{:?}", malformed()));
+        assert_eq!(malformed().bytes, 19 + 39);
+        // The bed goes before its interface does.
+        drop((shaper, tun));
+    }
 }

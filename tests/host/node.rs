@@ -1,6 +1,7 @@
 //! A node's provider side, run with its real WireGuard device and firewall, and what it keeps, says and is told.
 
 use std::{
+    path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -15,11 +16,13 @@ use dvpn_core::{
     node::{Rules, Usage},
 };
 use dvpn_daemon::{
+    ebpf::Loader,
     host::Host,
     provider::{self, Change, Event, Memory, ProviderConfig, ProviderStatus, Serials},
     tunnel::{DEFAULT_MTU_BYTES, PeerConfig, Tunnel, TunnelConfig, userspace::UserspaceTunnel},
 };
 use jiff::Timestamp;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -66,6 +69,28 @@ impl Memory for Kept {
     }
 }
 
+/// A BPF file system of a test's own.
+struct Pins(tempfile::TempDir);
+
+impl Pins {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        mount(Some("bpf"), folder.path(), Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
+        Self(folder)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        // What is pinned goes with it.
+        umount2(self.0.path(), MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
 /// One run of a node.
 pub(crate) struct Running {
     pub(crate) status: watch::Receiver<ProviderStatus>,
@@ -83,6 +108,7 @@ pub(crate) struct Bed {
     pub(crate) audit: Arc<Mutex<Vec<Event>>>,
     pub(crate) rules: Rules,
     pub(crate) line: watch::Sender<Known>,
+    pins: Pins,
 }
 
 impl Bed {
@@ -101,6 +127,7 @@ impl Bed {
             audit: Arc::default(),
             rules: Rules::default(),
             line: watch::Sender::new(Known::Set(Rate::from_bits_per_second(1_000_000_000))),
+            pins: Pins::new(),
         }
     }
 
@@ -117,6 +144,7 @@ impl Bed {
             self.pool_url.clone(),
         );
         let shutdown = end.clone();
+        let bpf_directory = self.pins.path().join("dvpn");
         self.node.spawn(async move {
             let serials = kept.serials.lock().unwrap().clone();
             let (pool_key, usage) = (*kept.pool_key.lock().unwrap(), *kept.usage.lock().unwrap());
@@ -139,6 +167,7 @@ impl Bed {
                 rules,
                 limit_bits_per_second: None,
                 line,
+                loader: Loader::new(bpf_directory),
                 drained,
                 http: reqwest::Client::new(),
                 host: Host::open().unwrap(),

@@ -126,7 +126,16 @@ impl Shaping {
         for place in PLACES {
             attach::detach_filter(interface, place);
         }
-        attach::remove_folder(&pin_dir.join(format!("v{}", abi::VERSION)).join(interface))
+        let version = pin_dir.join(format!("v{}", abi::VERSION));
+        attach::remove_folder(&version.join(interface))?;
+        // Stays while another interface has something in it.
+        match std::fs::remove_dir(&version) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                tracing::debug!("{} stays: {error}", version.display());
+                Ok(())
+            }
+        }
     }
 
     /// Makes sure that every program is where it belongs: on the tunnel, and on the intermediate device if the upload is

@@ -29,8 +29,6 @@ pub(super) use device::intermediate_name;
 
 /// What one buffer of TCP may take of a grant, so that nobody waits long behind it.
 const LONGEST_BUFFER: Duration = Duration::from_millis(5);
-/// Bytes of the header that the intermediate device counts with each packet.
-const INTERMEDIATE_HEADER: u64 = 14;
 
 /// How one direction is enforced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -162,6 +160,9 @@ pub struct Shaper {
     /// None while the thread that attaches has it.
     shaping: Option<Shaping>,
     peers: BTreeMap<u32, Peer>,
+    owners: BTreeMap<IpAddr, u32>,
+    /// Where to look for a free number: none below is.
+    next: u32,
     node: [Option<Rate>; 2],
     gso_bytes: Option<u32>,
 }
@@ -183,7 +184,8 @@ impl Shaper {
         let opened = Self::open_on(host, loader, config, tunnel).await;
         if opened.is_err() && !attached {
             // The interface is down: nothing is open without them.
-            let root = host.traffic_control(vec![tc::delete_root(tunnel)]).await;
+            let requests = vec![tc::delete_root(tunnel), tc::delete_redirect(tunnel)];
+            let root = host.traffic_control(requests).await;
             for left in [root.err(), host.remove_intermediate(&interface).await.err()] {
                 if let Some(error) = left {
                     tracing::debug!("tidying up after {interface}: {error}");
@@ -219,6 +221,8 @@ impl Shaper {
                 intermediate,
                 shaping: Some(shaping),
                 peers: BTreeMap::new(),
+                owners: BTreeMap::new(),
+                next: 0,
                 node: [None, None],
                 gso_bytes: None,
                 config,
@@ -241,7 +245,8 @@ impl Shaper {
     /// Programs to their places, then the peers that are known there.
     async fn put_in_place(&mut self) -> Result<(), Error> {
         for (number, addresses) in self.shaping()?.adopt()? {
-            let addresses = addresses.into_iter().collect();
+            let addresses: BTreeSet<_> = addresses.into_iter().collect();
+            self.owners.extend(addresses.iter().map(|address| (*address, number)));
             self.peers.insert(number, Peer { addresses, grant: None });
         }
         self.write_node()?;
@@ -275,41 +280,66 @@ impl Shaper {
     /// Grants a peer with these addresses something, or changes what it is granted; from then on its packets pass. An
     /// address that was another's is this one's.
     pub async fn grant(&mut self, addresses: &[IpAddr], grant: Grant) -> Result<PeerNumber, Error> {
-        let addresses: BTreeSet<IpAddr> = addresses.iter().copied().collect();
-        let known = self.peers.iter().find(|(_, peer)| peer.addresses == addresses);
-        let (number, new) = match known {
-            Some((number, _)) => (*number, false),
-            None => (self.free_number()?, true),
-        };
-        self.send_classes(&[(number, grant)]).await?;
-        let limits = self.limits(number, grant);
-        let shaping = self.shaping()?;
-        if new {
-            shaping.clear_traffic(number)?;
+        let numbers = self.grant_all(&[(addresses.to_vec(), grant)]).await?;
+        numbers.first().copied().ok_or(Error::NoShaper)
+    }
+
+    /// The same for many at once; their numbers in the same order.
+    pub async fn grant_all(&mut self, grants: &[(Vec<IpAddr>, Grant)]) -> Result<Vec<PeerNumber>, Error> {
+        let mut numbers = Vec::with_capacity(grants.len());
+        for (addresses, grant) in grants {
+            numbers.push(self.enter(addresses, *grant)?);
         }
-        shaping.set_limits(number, limits)?;
-        for address in &addresses {
-            shaping.set_address(*address, number)?;
-        }
-        let mut emptied = Vec::new();
-        for (other, peer) in self.peers.iter_mut().filter(|(other, _)| **other != number) {
-            peer.addresses.retain(|address| !addresses.contains(address));
-            if peer.addresses.is_empty() {
-                emptied.push(PeerNumber(*other));
+        // Classes before limits: a packet that is let in has somewhere to go.
+        let classes = numbers.iter().zip(grants).map(|(number, (_, grant))| (*number, *grant));
+        self.send_classes(&classes.collect::<Vec<_>>()).await?;
+        for (number, (addresses, grant)) in numbers.iter().zip(grants) {
+            let limits = self.limits(*number, *grant);
+            let shaping = self.shaping()?;
+            shaping.set_limits(*number, limits)?;
+            for address in addresses {
+                shaping.set_address(*address, *number)?;
             }
         }
-        self.peers.insert(
-            number,
-            Peer {
-                addresses,
-                grant: Some(grant),
-            },
-        );
-        for other in emptied {
-            self.revoke(other).await?;
+        let emptied: Vec<_> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.addresses.is_empty())
+            .map(|(number, _)| PeerNumber(*number))
+            .collect();
+        for peer in emptied {
+            self.revoke(peer).await?;
         }
         self.fit_buffers().await?;
-        Ok(PeerNumber(number))
+        Ok(numbers.into_iter().map(PeerNumber).collect())
+    }
+
+    /// Notes a peer and who has its addresses; answers with its number.
+    fn enter(&mut self, addresses: &[IpAddr], grant: Grant) -> Result<u32, Error> {
+        let wanted: BTreeSet<IpAddr> = addresses.iter().copied().collect();
+        let owner = wanted.first().and_then(|address| self.owners.get(address)).copied();
+        let known = owner.filter(|number| self.peers.get(number).is_some_and(|peer| peer.addresses == wanted));
+        let number = match known {
+            Some(number) => number,
+            None => self.free_number()?,
+        };
+        if known.is_none() {
+            self.shaping()?.clear_traffic(number)?;
+        }
+        for address in &wanted {
+            if let Some(before) = self.owners.insert(*address, number)
+                && before != number
+                && let Some(peer) = self.peers.get_mut(&before)
+            {
+                peer.addresses.remove(address);
+            }
+        }
+        let peer = Peer {
+            addresses: wanted,
+            grant: Some(grant),
+        };
+        self.peers.insert(number, peer);
+        Ok(number)
     }
 
     /// Takes a peer's grant away; from then on nothing of it passes. One that is not there is no error.
@@ -317,6 +347,10 @@ impl Shaper {
         let Some(peer) = self.peers.remove(&number.0) else {
             return Ok(());
         };
+        self.next = self.next.min(number.0);
+        for address in &peer.addresses {
+            self.owners.remove(address);
+        }
         let shaping = self.shaping()?;
         for address in peer.addresses {
             shaping.forget_address(address)?;
@@ -372,7 +406,7 @@ impl Shaper {
         self.write_node()?;
         let requests = self.htb_devices().map(|(index, up)| {
             let rate = self.node.get(usize::from(up)).copied().flatten();
-            tc::node_class(index, rate.map(|rate| self.wire_bytes(rate, up)))
+            tc::node_class(index, rate.map(Rate::bytes_per_second))
         });
         self.host.traffic_control(requests.collect()).await
     }
@@ -387,8 +421,8 @@ impl Shaper {
         let node = Node {
             down: limit(self.modes.down, down),
             up: limit(self.modes.up, up),
-            intermediate: self.intermediate.unwrap_or_default(),
             tunnel: self.tunnel,
+            reserved: 0,
         };
         Ok(self.shaping()?.set_node(node)?)
     }
@@ -420,7 +454,7 @@ impl Shaper {
     /// Until then nothing is open: without its qdisc a program drops what it cannot pace, without the intermediate device
     /// the upload goes nowhere. An interface that is gone is an error: its shaper is to be opened anew.
     pub async fn reconcile(&mut self) -> Result<Vec<String>, Error> {
-        let mut repaired = Vec::new();
+        let (mut repaired, mut anew) = (Vec::new(), false);
         if self.host.interface_index(&self.config.interface).await? != self.tunnel {
             return Err(Error::NoInterface(self.config.interface.clone()));
         }
@@ -430,6 +464,7 @@ impl Shaper {
             if now != before {
                 repaired.push(format!("the device {name}"));
                 self.intermediate = Some(now);
+                anew = true;
             }
         }
         for (index, up) in self.devices() {
@@ -439,7 +474,7 @@ impl Shaper {
             }
             repaired.push(format!("the qdisc of the {}", if up { "upload" } else { "download" }));
             let node = self.node.get(usize::from(up)).copied().flatten();
-            let node = node.map(|rate| self.wire_bytes(rate, up));
+            let node = node.map(Rate::bytes_per_second);
             self.host.make_root(index, mode, node).await?;
         }
         if !repaired.is_empty() {
@@ -452,6 +487,7 @@ impl Shaper {
         self.attach().await?;
         self.write_node()?;
         if let Some(index) = self.intermediate {
+            self.host.take_uploads(self.tunnel, index, anew).await?;
             self.host.intermediate_up(index).await?;
         }
         Ok(repaired)
@@ -469,21 +505,23 @@ impl Shaper {
         let name = interface.clone();
         self.loader.run(move |pins| Shaping::remove(&name, pins)).await??;
         if index.is_ok_and(|index| index == self.tunnel) {
-            let root = tc::delete_root(self.tunnel);
-            self.host.traffic_control(vec![root]).await?;
+            let requests = vec![tc::delete_root(self.tunnel), tc::delete_redirect(self.tunnel)];
+            self.host.traffic_control(requests).await?;
         }
         self.host.remove_intermediate(&interface).await?;
         Ok(())
     }
 
-    fn free_number(&self) -> Result<u32, Error> {
-        (0..MAX_PEERS)
+    fn free_number(&mut self) -> Result<u32, Error> {
+        let free = (self.next..MAX_PEERS)
             .find(|number| !self.peers.contains_key(number))
             .ok_or_else(|| {
                 Error::Programs(crate::ebpf::Error::Full {
                     interface: self.config.interface.clone(),
                 })
-            })
+            })?;
+        self.next = free + 1;
+        Ok(free)
     }
 
     fn limits(&self, number: u32, grant: Grant) -> [Limit; 2] {
@@ -507,24 +545,13 @@ impl Shaper {
             .filter(move |(_, upload)| (if *upload { up } else { down }) == Mode::Htb)
     }
 
-    /// Bytes a second as the qdisc of a direction counts them: the intermediate device adds a header to each packet. By
-    /// the longest packet, so that no other gets more.
-    fn wire_bytes(&self, rate: Rate, up: bool) -> u64 {
-        let bytes = rate.bytes_per_second();
-        if !up {
-            return bytes;
-        }
-        let packet = u64::from(self.config.mtu_bytes).max(1);
-        bytes.saturating_add(bytes / packet * INTERMEDIATE_HEADER)
-    }
-
     async fn send_classes(&self, grants: &[(u32, Grant)]) -> Result<(), Error> {
         let mut requests: Vec<Request> = Vec::new();
         for (index, up) in self.htb_devices() {
             for (number, grant) in grants {
                 let rate = if up { grant.up } else { grant.down };
                 let class = ClassRate {
-                    bytes: self.wire_bytes(rate, up).max(1),
+                    bytes: rate.bytes_per_second().max(1),
                     queue_bytes: Meter::paced(rate).horizon_bytes(),
                     packet_bytes: u32::from(self.config.mtu_bytes) + 32,
                 };

@@ -8,6 +8,7 @@ mod admission;
 mod dns;
 mod echo;
 mod events;
+mod grants;
 mod identity;
 mod limiter;
 mod memory;
@@ -41,6 +42,7 @@ use zeroize::Zeroizing;
 pub use admission::{Admitted, Ground, Refusal};
 pub use dns::{Forwarder, system_resolvers};
 pub use echo::{EchoResponder, EchoStats};
+pub use grants::Enforcement;
 pub use identity::Identity;
 pub use memory::Memory;
 pub use network::{NetworkError, check_networks};
@@ -51,6 +53,7 @@ pub use serials::{Change, Serials};
 pub use status::{Event, PeerStatus, ProviderStatus};
 
 use crate::{
+    ebpf::Loader,
     host::{self, Host},
     tunnel::{self, Tunnel, TunnelConfig},
 };
@@ -97,6 +100,8 @@ pub struct ProviderConfig {
     pub limit_bits_per_second: Option<u64>,
     /// What this machine's line carries; without it there is nothing to grant, and no clients are taken.
     pub line: watch::Receiver<Known>,
+    /// Loads the programs that enforce grants.
+    pub loader: Loader,
     /// The owner's hand: true takes no new clients.
     pub drained: watch::Receiver<bool>,
     /// A client with connect and total time limits, no redirects, our roots.

@@ -3,7 +3,7 @@
 mod arrivals;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
@@ -12,6 +12,7 @@ use std::{
 use dvpn_common::{
     contract::{RefusedPeer, Snapshot},
     keys::VerifyingKey,
+    rate::Rate,
 };
 use dvpn_core::{
     Now,
@@ -28,6 +29,7 @@ use super::{
     EchoResponder, Error, Forwarder, Ground, Identity, PeerStatus, ProviderConfig, ProviderStatus,
     acks::{self, Acks},
     check_networks,
+    grants::{Grants, addresses},
     memory::Keeper,
     network::public_addresses,
     pinned,
@@ -80,6 +82,7 @@ pub async fn run(config: ProviderConfig, shutdown: CancellationToken) -> Result<
 
     let acks = Acks::default();
     let mut node = Node::new(&config, tunnel, acks.clone(), pool_key.clone());
+    node.prepare_grants().await;
     node.decide(Timestamp::now());
     let admission_seen = node.admission.subscribe();
     let registration = || Registration {
@@ -146,6 +149,8 @@ struct Node<'a> {
     config: &'a ProviderConfig,
     tunnel: Box<dyn Tunnel>,
     roster: Roster,
+    /// None on a machine that cannot enforce any: then nobody is a peer.
+    grants: Option<Grants>,
     /// What the machine is configured for; empty until the first snapshot.
     networks: Vec<IpNetwork>,
     /// Addresses that others know this node by.
@@ -179,6 +184,7 @@ impl<'a> Node<'a> {
             config,
             tunnel,
             roster: Roster::new(config.serials.clone(), max_clients),
+            grants: None,
             networks: Vec::new(),
             public: public_addresses(config.endpoint.as_deref(), None),
             dns: None,
@@ -243,6 +249,7 @@ impl<'a> Node<'a> {
                 () = tokio::time::sleep(until_expiry) => self.reconcile().await?,
                 () = tokio::time::sleep(until_report.unwrap_or(TICK)), if until_report.is_some() => self.report(echoes())?,
                 Ok(()) = line.changed() => {
+                    self.size_grants().await?;
                     self.decide(Timestamp::now());
                     self.reconcile().await?;
                 }
@@ -251,11 +258,49 @@ impl<'a> Node<'a> {
                     self.reconcile().await?;
                 }
                 _ = tick.tick() => {
+                    if let Some(grants) = &mut self.grants {
+                        grants.reconcile().await.map_err(Error::Host)?;
+                    }
                     self.decide(Timestamp::now());
                     self.reconcile().await?;
                     self.report(echoes())?;
                 }
             }
+        }
+    }
+
+    /// Gets ready to enforce grants. A machine that cannot is no provider for anybody; it stays registered and says so.
+    async fn prepare_grants(&mut self) {
+        let config = self.config;
+        let limit = config.limit_bits_per_second.map(Rate::from_bits_per_second);
+        let total = carried(*config.line.borrow());
+        let opened = match Grants::open(&config.host, &config.loader, limit).await {
+            Ok(mut grants) => grants.set_total(total).await.map(|()| grants),
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok(grants) => {
+                if grants.share().is_none() {
+                    tracing::warn!("what the line carries is not known yet: no clients are taken until it is");
+                }
+                self.grants = Some(grants);
+            }
+            Err(error) => {
+                let problem = format!(
+                    "grants cannot be enforced, no clients are taken: {}",
+                    with_sources(&error)
+                );
+                tracing::error!("{problem}");
+                config.status.send_modify(|status| status.problem = Some(problem));
+            }
+        }
+    }
+
+    async fn size_grants(&mut self) -> Result<(), Error> {
+        let total = carried(*self.config.line.borrow());
+        match &mut self.grants {
+            Some(grants) => grants.set_total(total).await.map_err(Error::Host),
+            None => Ok(()),
         }
     }
 
@@ -287,6 +332,7 @@ impl<'a> Node<'a> {
             self.cap_reached = None;
         }
         let standing = Standing {
+            unenforced: self.grants.is_none(),
             drained: *self.config.drained.borrow(),
             unmeasured: self.config.line.borrow().forwarded().is_none(),
             month_bytes: self.usage.bytes,
@@ -294,7 +340,9 @@ impl<'a> Node<'a> {
         };
         let decided = admission(rules, &standing, at);
         self.roster.draining = decided.reason().map(dvpn_core::node::Reason::as_str);
-        self.roster.closed = matches!(decided, Admission::Closed(_));
+        // Nobody is a peer without a grant.
+        let granted = self.grants.as_ref().is_some_and(|grants| grants.share().is_some());
+        self.roster.closed = matches!(decided, Admission::Closed(_)) || !granted;
         let changed = self
             .admission
             .send_if_modified(|last| std::mem::replace(last, decided) != decided);
@@ -423,12 +471,21 @@ impl<'a> Node<'a> {
     async fn carry_out(&mut self, stats: &[PeerStats]) -> Result<(), Error> {
         let observed: BTreeSet<_> = stats.iter().map(|peer| peer.public_key).collect();
         let plan = self.roster.plan(&observed);
+        if let Some(grants) = &mut self.grants
+            && !self.roster.closed
+        {
+            grants.give(self.roster.holding_clients()).await.map_err(Error::Host)?;
+        }
         // An address that moves from one peer to another moves with this; the other is taken off after it.
         if !plan.set.is_empty() {
             self.tunnel.set_peers(plan.set.clone()).await.map_err(Error::Tunnel)?;
         }
         for key in &plan.remove {
             self.tunnel.remove_peer(*key).await.map_err(Error::Tunnel)?;
+        }
+        if let Some(grants) = &mut self.grants {
+            let holders = self.roster.holding_clients().filter(|_| !self.roster.closed);
+            grants.keep_only(holders).await.map_err(Error::Host)?;
         }
         self.record(&plan);
         self.roster.applied(&plan);
@@ -474,6 +531,13 @@ impl<'a> Node<'a> {
         }
         self.count(Timestamp::now())?;
         let active: BTreeSet<_> = self.roster.active(Instant::now()).map(|client| client.key).collect();
+        let (shaped, enforcement) = match &self.grants {
+            Some(grants) => (
+                grants.traffic().map_err(Error::Host)?,
+                Some(grants.enforcement().map_err(Error::Host)?),
+            ),
+            None => (BTreeMap::new(), None),
+        };
         let peers: Vec<PeerStatus> = self
             .roster
             .holding_clients()
@@ -483,11 +547,16 @@ impl<'a> Node<'a> {
                     peer,
                     active: active.contains(&client.key),
                     carried: self.volume.of(peer),
+                    shaped: shaped.get(&addresses(client)).copied().unwrap_or_default(),
                 })
             })
             .collect();
         self.config.status.send_if_modified(|status| {
-            let changed = status.peers != peers || status.refused != refused || status.echoes != echoes;
+            let changed = status.peers != peers
+                || status.refused != refused
+                || status.echoes != echoes
+                || status.enforcement != enforcement;
+            status.enforcement = enforcement;
             status.active = active.len();
             status.peers = peers;
             status.refused = refused;
@@ -536,7 +605,10 @@ impl<'a> Node<'a> {
         if let Err(error) = self.reconcile().await {
             tracing::info!("removing peers: {}", with_sources(&error));
         }
-        let down = self.config.host.provider_down().await.map_err(Error::Host);
+        let mut down = self.config.host.provider_down().await.map_err(Error::Host);
+        if let Some(grants) = self.grants.take() {
+            down = down.and(grants.close().await.map_err(Error::Host));
+        }
         self.tunnel.close().await;
         self.keeper.finish().await;
         self.config
@@ -544,6 +616,11 @@ impl<'a> Node<'a> {
             .send_modify(|status| *status = ProviderStatus::default());
         down
     }
+}
+
+/// What the line carries for others in each direction.
+fn carried(line: Known) -> Option<Rate> {
+    line.forwarded().map(|total| total.down)
 }
 
 fn now() -> Now {

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use dvpn_common::{contract::Reachability, keys::PublicKey, status::Problem};
+use dvpn_common::{abi::Traffic, contract::Reachability, keys::PublicKey, status::Problem};
 use serde::Serialize;
 
+use super::Enforcement;
 use crate::host::{Carried, CounterValue};
 
 /// A fact for the audit log.
@@ -73,6 +74,9 @@ pub struct PeerStatus {
     /// What it sent and was sent, in layer-3 packets and bytes.
     #[serde(skip)]
     pub carried: Carried,
+    /// What its grant let pass and did not, towards it and from it.
+    #[serde(skip)]
+    pub shaped: [Traffic; 2],
 }
 
 /// The provider as it is.
@@ -103,7 +107,7 @@ pub struct ProviderStatus {
     pub month_bytes: u64,
     /// `NODE_MONTHLY_CAP_GB` in bytes; 0 for none.
     pub monthly_cap_bytes: u64,
-    /// `NODE_LIMIT_MBPS` in bits per second. Wanted: nothing enforces it in this version.
+    /// `NODE_LIMIT_MBPS` in bits per second.
     pub limit_bits_per_second: Option<u64>,
     /// Every client.
     pub peers: Vec<PeerStatus>,
@@ -112,6 +116,9 @@ pub struct ProviderStatus {
     pub refused: BTreeMap<String, CounterValue>,
     /// Echoes answered.
     pub echoes: u64,
+    /// How grants are enforced; nothing while they are not.
+    #[serde(skip)]
+    pub enforcement: Option<Enforcement>,
 }
 
 /// Gives keys their numbers.

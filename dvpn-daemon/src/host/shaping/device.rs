@@ -34,6 +34,15 @@ impl Host {
                 Ok(index) => {
                     up = self.best_root(index, best, &mut reasons).await?;
                     intermediate = Some(index);
+                    if up != Mode::Police
+                        && let Err(error) = self.take_uploads(tunnel, index, true).await
+                    {
+                        if !is_unknown(&error) {
+                            return Err(error);
+                        }
+                        reasons.insert("this kernel has no filters u32 with the action mirred".to_owned());
+                        up = Mode::Police;
+                    }
                 }
                 Err(error) if is_unknown(&error) => {
                     reasons.insert("this kernel has no devices of kind ifb".to_owned());
@@ -42,10 +51,18 @@ impl Host {
             }
         }
         if up == Mode::Police {
+            self.traffic_control(vec![tc::delete_redirect(tunnel)]).await?;
             self.remove_intermediate(&config.interface).await?;
             intermediate = None;
         }
         Ok((Modes { down, up, reasons }, intermediate))
+    }
+
+    /// Takes the tunnel's uploads to the intermediate device; `anew` when they may go to an earlier one.
+    pub(super) async fn take_uploads(&self, tunnel: u32, intermediate: u32, anew: bool) -> Result<(), Error> {
+        let ended = anew.then(|| tc::delete_redirect(tunnel));
+        let requests = ended.into_iter().chain(tc::redirect(tunnel, intermediate));
+        self.traffic_control(requests.collect()).await
     }
 
     async fn best_root(&self, index: u32, best: Mode, reasons: &mut BTreeSet<String>) -> Result<Mode, Error> {

@@ -1,12 +1,12 @@
 //! Qdiscs and classes by rtnetlink: fq, and htb with a class for each peer (`linux/pkt_sched.h`).
 
 use futures::StreamExt as _;
-use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_ECHO, NLM_F_REPLACE, NLM_F_REQUEST};
+use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST};
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
 
-use crate::host::{Error, Host, netlink::is_gone};
+use crate::host::{Error, Host};
 
 /// Major number of our root qdiscs and their classes.
 const MAJOR: u16 = 0x0d01;
@@ -60,8 +60,30 @@ pub(super) struct Request {
     message: RouteNetlinkMessage,
     flags: u16,
     what: String,
-    /// Whether it is as good when there is nothing to act on.
-    or_gone: bool,
+    or: Or,
+}
+
+/// What is as good as done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Or {
+    /// Nothing else.
+    Nothing,
+    /// There is nothing to act on.
+    Gone,
+    /// It is there already.
+    There,
+}
+
+impl Or {
+    fn is_good(self, code: i32) -> bool {
+        match self {
+            Self::Nothing => false,
+            // A class without its qdisc is EINVAL, and so is a qdisc whose handle is another's.
+            Self::Gone => matches!(code, libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EINVAL),
+            // A filter whose handle is taken finds no room for it.
+            Self::There => matches!(code, libc::EEXIST | libc::ENOSPC),
+        }
+    }
 }
 
 fn message(index: u32, parent: TcHandle, handle: TcHandle, kind: Option<&str>, options: Option<Vec<u8>>) -> TcMessage {
@@ -168,8 +190,83 @@ pub(super) fn delete_class(index: u32, class: TcHandle) -> Request {
         message: RouteNetlinkMessage::DelTrafficClass(message(index, handle(NODE_CLASS), class, None, None)),
         flags: 0,
         what: format!("removing the class {:x}:{:x}", class.major, class.minor),
-        or_gone: true,
+        or: Or::Gone,
     }
+}
+
+/// Where filters for what comes out of an interface are (`TC_H_CLSACT`, `TC_H_MIN_INGRESS`).
+const INGRESS: TcHandle = TcHandle {
+    major: 0xffff,
+    minor: 0xfff2,
+};
+/// The last preference: filters of others come before ours.
+const LAST: u32 = 0xffff;
+
+/// Takes all that comes out of an interface, and that its programs and filters let pass, to another device. What is
+/// there already is left as it is.
+///
+/// A filter and not the program: some kernels drop on the device what a program redirects there (6.1 does), and this
+/// way every program and filter on the interface sees the packet.
+pub(super) fn redirect(from: u32, to: u32) -> Vec<Request> {
+    const SELECTOR: u16 = 5;
+    const ACTIONS: u16 = 7;
+    const ACTION: u16 = 1;
+    const ACTION_KIND: u16 = 1;
+    const ACTION_OPTIONS: u16 = 2;
+    const PARAMETERS: u16 = 2;
+    const TERMINAL: u8 = 1;
+    const STOLEN: u32 = 4;
+    const EGRESS_REDIRECT: u32 = 1;
+    // `tc_u32_sel` with one key that matches everything.
+    let mut selector = vec![TERMINAL, 0, 1, 0];
+    selector.resize(16 + 16, 0);
+    // `tc_mirred`: index, capabilities, action, two counts of references, what, where.
+    let parameters = [0, 0, STOLEN, 0, 0, EGRESS_REDIRECT, to];
+    let mut options = Options::default();
+    options.attribute(PARAMETERS, &parameters.map(u32::to_ne_bytes).concat());
+    let mut action = Options::default();
+    action.attribute(ACTION_KIND, b"mirred\0");
+    action.attribute(ACTION_OPTIONS, &options.0);
+    let mut actions = Options::default();
+    actions.attribute(ACTION, &action.0);
+    let mut filter = Options::default();
+    filter.attribute(SELECTOR, &selector);
+    filter.attribute(ACTIONS, &actions.0);
+    let mut message = message(from, INGRESS, TcHandle::from(1), Some("u32"), Some(filter.0));
+    message.header.info = filter_info();
+    let clsact = TcHandle {
+        major: 0xffff,
+        minor: 0,
+    };
+    let mut qdisc = new_qdisc(from, TcHandle::CLSACT, clsact, "clsact", None);
+    qdisc.flags = NLM_F_CREATE | NLM_F_EXCL;
+    qdisc.or = Or::There;
+    vec![
+        qdisc,
+        Request {
+            message: RouteNetlinkMessage::NewTrafficFilter(message),
+            flags: NLM_F_CREATE | NLM_F_EXCL,
+            what: "taking uploads to the device that paces them".to_owned(),
+            or: Or::There,
+        },
+    ]
+}
+
+/// Ends that.
+pub(super) fn delete_redirect(from: u32) -> Request {
+    let mut message = message(from, INGRESS, TcHandle::UNSPEC, Some("u32"), None);
+    message.header.info = filter_info();
+    Request {
+        message: RouteNetlinkMessage::DelTrafficFilter(message),
+        flags: 0,
+        what: "no longer taking uploads to the device that paces them".to_owned(),
+        or: Or::Gone,
+    }
+}
+
+/// Preference and protocol (`ETH_P_ALL`) as a filter's message has them.
+fn filter_info() -> u32 {
+    LAST << 16 | u32::from(3_u16.to_be())
 }
 
 /// Takes our root qdisc out.
@@ -178,7 +275,7 @@ pub(super) fn delete_root(index: u32) -> Request {
         message: RouteNetlinkMessage::DelQueueDiscipline(message(index, TcHandle::ROOT, root(), None, None)),
         flags: 0,
         what: "removing our queueing discipline".to_owned(),
-        or_gone: true,
+        or: Or::Gone,
     }
 }
 
@@ -187,7 +284,7 @@ fn new_qdisc(index: u32, parent: TcHandle, handle: TcHandle, kind: &str, options
         message: RouteNetlinkMessage::NewQueueDiscipline(message(index, parent, handle, Some(kind), options)),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
         what: format!("setting up the queueing discipline {kind}"),
-        or_gone: false,
+        or: Or::Nothing,
     }
 }
 
@@ -220,7 +317,7 @@ fn new_class(index: u32, parent: TcHandle, class: TcHandle, promised: u64, rate:
         message: RouteNetlinkMessage::NewTrafficClass(message(index, parent, class, Some("htb"), Some(options.0))),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
         what: format!("setting the class {:x}:{:x}", class.major, class.minor),
-        or_gone: false,
+        or: Or::Nothing,
     }
 }
 
@@ -288,16 +385,15 @@ impl Host {
                     source,
                 };
                 let answer = self.netlink().clone().request(message).map_err(failed)?;
-                answers.push((answer, request.what, request.or_gone));
+                answers.push((answer, request.what, request.or));
             }
-            for (mut answer, what, or_gone) in answers {
+            for (mut answer, what, or) in answers {
                 while let Some(message) = answer.next().await {
                     if let NetlinkPayload::Error(error) = message.payload
                         && error.code.is_some()
                     {
                         let source = rtnetlink::Error::NetlinkError(error);
-                        // A class without its qdisc is EINVAL, and so is a qdisc whose handle is another's.
-                        if or_gone && (is_gone(&source) || code(&source) == libc::EINVAL) {
+                        if or.is_good(code(&source)) {
                             continue;
                         }
                         return Err(Error::Change { what, source });

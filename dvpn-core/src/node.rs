@@ -293,6 +293,7 @@ mod tests {
                 ..Rules::default()
             };
             let standing = Standing {
+                unenforced: false,
                 drained: matches!(drained, "yes" | "both"),
                 unmeasured: matches!(drained, "line" | "both"),
                 month_bytes: used.parse().unwrap(),
@@ -334,5 +335,18 @@ mod tests {
         let next = usage.plus(2, at("2026-12-01T00:00:00Z"));
         assert_eq!((next.month.to_string().as_str(), next.bytes), ("2026-12", 2));
         assert!("2026-13".parse::<Month>().is_err() && "x".parse::<Month>().is_err());
+    }
+
+    #[test]
+    fn without_grants_to_enforce_a_node_is_closed_whatever_else_holds() {
+        let standing = Standing {
+            unenforced: true,
+            drained: true,
+            ..Standing::default()
+        };
+        assert_eq!(
+            admission(&Rules::default(), &standing, Timestamp::UNIX_EPOCH),
+            Admission::Closed(Reason::Unenforced)
+        );
     }
 }

@@ -105,13 +105,13 @@ impl Counters {
         }
         let mut object = loader.load(OBJECT).map_err(|source| Error::Load { source })?;
         for place in PLACES {
-            let loaded = load(&mut object, place.program)?;
-            attach::attach(loaded, place, &link, &folder, hook)?;
+            let program = load(&mut object, place.program)?;
+            attach::attach(program, place, &link, &folder, hook)?;
         }
         let read = |source| Error::Map {
             map: abi::COUNTERS,
             interface: link.name.clone(),
-            source,
+            source: Box::new(source),
         };
         let map: Map = object
             .take_map(abi::COUNTERS)
@@ -139,7 +139,7 @@ impl Counters {
         let read = |source| Error::Map {
             map: abi::COUNTERS,
             interface: self.interface.clone(),
-            source,
+            source: Box::new(source),
         };
         let per_cpu = self.map.get(&direction, 0).map_err(read)?;
         Ok(per_cpu.iter().fold(Counter::default(), |sum, cpu| Counter {

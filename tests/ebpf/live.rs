@@ -147,11 +147,11 @@ impl Live {
             let address = peer(u8::try_from(number).unwrap());
             self.runtime.block_on(shaper.grant(&[address], *grant)).unwrap();
         }
-        self.up();
+        Self::up();
         shaper
     }
 
-    pub(crate) fn up(&self) {
+    pub(crate) fn up() {
         ip(&["link", "set", TUNNEL, "up"]);
     }
 
@@ -237,7 +237,7 @@ impl Drop for Live {
                 .output()
                 .map(|output| output.stdout);
             let links = String::from_utf8_lossy(&links.unwrap_or_default()).into_owned();
-            println!("{}\n{links}", tc(&["-s", "qdisc", "show"]));
+            eprintln!("{}\n{links}", tc(&["-s", "qdisc", "show"]));
         }
         self.disconnect();
     }

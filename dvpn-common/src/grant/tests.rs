@@ -1,4 +1,5 @@
 //! The arithmetic over any arrivals, and the charge among any other charges.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use loom::sync::{Arc, atomic};
 use proptest::prelude::*;

@@ -1,6 +1,9 @@
 //! Prometheus metrics. Totals never run backwards: they count what the daemon saw, over every tunnel of its life.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use dvpn_common::status::{LineSource, LineStatus, StateName, Status};
 use dvpn_core::session::Traffic;
@@ -26,6 +29,11 @@ struct Inner {
     provider_refused: IntGaugeVec,
     client_packets: IntGaugeVec,
     client_bytes: IntGaugeVec,
+    client_dropped: IntGaugeVec,
+    client_marked: IntGaugeVec,
+    client_delay: GaugeVec,
+    grant: IntGaugeVec,
+    grant_refused: IntGaugeVec,
     proxy: IntGaugeVec,
     line: IntGaugeVec,
     line_source: IntGaugeVec,
@@ -90,6 +98,36 @@ impl Metrics {
                 "dvpn_provider_client_bytes_total",
                 "Layer-3 bytes carried for a client",
                 &["client", "direction"],
+            )?,
+            client_dropped: gauges(
+                "dvpn_provider_client_dropped_packets_total",
+                "Packets of a client that its grant did not let pass",
+                &["client", "direction"],
+            )?,
+            client_marked: gauges(
+                "dvpn_provider_client_marked_packets_total",
+                "Packets of a client that were marked as having met congestion",
+                &["client", "direction"],
+            )?,
+            client_delay: register(
+                &registry,
+                GaugeVec::new(
+                    Opts::new(
+                        "dvpn_provider_client_delay_seconds_total",
+                        "How long a client's packets were held back, all together",
+                    ),
+                    &["client", "direction"],
+                )?,
+            )?,
+            grant: gauges(
+                "dvpn_provider_grant_bits_per_second",
+                "What each client is granted, and what all have together, in each direction",
+                &["whose"],
+            )?,
+            grant_refused: gauges(
+                "dvpn_provider_grant_refused_packets_total",
+                "Packets that the programs that enforce grants dropped",
+                &["reason"],
             )?,
             proxy: gauges(
                 "dvpn_socks5",
@@ -167,10 +205,30 @@ impl Metrics {
                 .with_label_values(&[reason])
                 .set(number(counter.packets));
         }
+        self.show_grants(status);
         self.0.client_packets.reset();
         self.0.client_bytes.reset();
+        self.0.client_dropped.reset();
+        self.0.client_marked.reset();
+        self.0.client_delay.reset();
         for peer in &status.peers {
             let client = peer.peer.to_string();
+            // Down is towards the client, which receives it.
+            for (direction, shaped) in ["received", "sent"].into_iter().zip(peer.shaped) {
+                let labels = [client.as_str(), direction];
+                self.0
+                    .client_dropped
+                    .with_label_values(&labels)
+                    .set(number(shaped.dropped_packets));
+                self.0
+                    .client_marked
+                    .with_label_values(&labels)
+                    .set(number(shaped.marks));
+                self.0
+                    .client_delay
+                    .with_label_values(&labels)
+                    .set(Duration::from_nanos(shaped.delay_ns).as_secs_f64());
+            }
             for (direction, counter) in [("sent", peer.carried.sent), ("received", peer.carried.received)] {
                 let labels = [client.as_str(), direction];
                 self.0
@@ -197,6 +255,26 @@ impl Metrics {
         for source in LineSource::ALL {
             let gauge = self.0.line_source.with_label_values(&[source.as_str()]);
             gauge.set(i64::from(source == line.source));
+        }
+    }
+
+    fn show_grants(&self, status: &ProviderStatus) {
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        self.0.grant.reset();
+        let Some(enforcement) = &status.enforcement else { return };
+        for (whose, rate) in [("client", enforcement.share), ("all", enforcement.together)] {
+            if let Some(rate) = rate {
+                self.0
+                    .grant
+                    .with_label_values(&[whose])
+                    .set(number(rate.bits_per_second()));
+            }
+        }
+        for (reason, counter) in &enforcement.dropped {
+            self.0
+                .grant_refused
+                .with_label_values(&[reason])
+                .set(number(counter.packets));
         }
     }
 

@@ -94,7 +94,7 @@ pub enum Error {
         interface: String,
         /// What aya said.
         #[source]
-        source: aya::maps::MapError,
+        source: Box<aya::maps::MapError>,
     },
     /// The thread that attaches is gone.
     #[error("the thread that attaches eBPF programs is not there: restart the daemon")]

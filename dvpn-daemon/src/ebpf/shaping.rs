@@ -292,7 +292,7 @@ impl Shaping {
         Error::Map {
             map,
             interface: self.link.name.clone(),
-            source,
+            source: Box::new(source),
         }
     }
 }
@@ -321,7 +321,7 @@ fn map<T>(
     typed(taken).map_err(|source| Error::Map {
         map: name,
         interface: link.name.clone(),
-        source,
+        source: Box::new(source),
     })
 }
 

@@ -138,7 +138,7 @@ pub enum Error {
     NotInAppMode,
     /// The eBPF programs that enforce grants.
     #[error(transparent)]
-    Programs(#[from] crate::ebpf::Error),
+    Programs(Box<crate::ebpf::Error>),
     /// The thread that attaches programs ended with them.
     #[error("the programs that enforce grants are lost: restart the daemon")]
     NoShaper,
@@ -148,6 +148,12 @@ pub enum Error {
     /// Provider operations before `provider_up`.
     #[error("the provider interface is not up")]
     ProviderDown,
+}
+
+impl From<crate::ebpf::Error> for Error {
+    fn from(error: crate::ebpf::Error) -> Self {
+        Self::Programs(Box::new(error))
+    }
 }
 
 /// A handle on the machine's network. Cheap to clone.

@@ -8,7 +8,7 @@ mod device;
 mod tc;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fmt,
     net::IpAddr,
     time::{Duration, Instant},
@@ -29,6 +29,9 @@ pub(super) use device::intermediate_name;
 
 /// What one buffer of TCP may take of a grant, so that nobody waits long behind it.
 const LONGEST_BUFFER: Duration = Duration::from_millis(5);
+
+/// So many peers get their classes at once: each takes the kernel some tenth of a millisecond.
+const CLASSES_AT_ONCE: usize = 256;
 
 /// How one direction is enforced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -163,6 +166,8 @@ pub struct Shaper {
     owners: BTreeMap<IpAddr, u32>,
     /// Where to look for a free number: none below is.
     next: u32,
+    /// Whose classes are still to be made.
+    unsettled: VecDeque<u32>,
     node: [Option<Rate>; 2],
     gso_bytes: Option<u32>,
 }
@@ -186,10 +191,9 @@ impl Shaper {
             // The interface is down: nothing is open without them.
             let requests = vec![tc::delete_root(tunnel), tc::delete_redirect(tunnel)];
             let root = host.traffic_control(requests).await;
-            for left in [root.err(), host.remove_intermediate(&interface).await.err()] {
-                if let Some(error) = left {
-                    tracing::debug!("tidying up after {interface}: {error}");
-                }
+            let device = host.remove_intermediate(&interface).await;
+            for error in [root.err(), device.err()].into_iter().flatten() {
+                tracing::debug!("tidying up after {interface}: {error}");
             }
         }
         opened
@@ -201,8 +205,8 @@ impl Shaper {
         loop {
             let (modes, intermediate) = host.prepare_devices(&config, tunnel, best, reasons.clone()).await?;
             let (name, down, up) = (config.interface.clone(), modes.down.number(), modes.up.number());
-            let loaded = loader.run(move |pins| Shaping::load(&name, pins, down, up)).await?;
-            let shaping = match loaded {
+            let answer = loader.run(move |pins| Shaping::load(&name, pins, down, up)).await?;
+            let shaping = match answer {
                 // Before Linux 5.18 a program cannot set the time of departure.
                 Err(crate::ebpf::Error::Program { source, .. }) if best == Mode::Edt => {
                     tracing::debug!("the kernel refuses programs that set departure times: {source}");
@@ -210,7 +214,7 @@ impl Shaper {
                     best = Mode::Htb;
                     continue;
                 }
-                loaded => loaded?,
+                answer => answer?,
             };
             let mut shaper = Self {
                 host: host.clone(),
@@ -223,6 +227,7 @@ impl Shaper {
                 peers: BTreeMap::new(),
                 owners: BTreeMap::new(),
                 next: 0,
+                unsettled: VecDeque::new(),
                 node: [None, None],
                 gso_bytes: None,
                 config,
@@ -290,9 +295,15 @@ impl Shaper {
         for (addresses, grant) in grants {
             numbers.push(self.enter(addresses, *grant)?);
         }
-        // Classes before limits: a packet that is let in has somewhere to go.
+        // Classes before limits: a packet that is let in has somewhere to go. With thousands at once most classes are
+        // left to [`Shaper::settle`]; until then their packets are in the closed class.
         let classes = numbers.iter().zip(grants).map(|(number, (_, grant))| (*number, *grant));
-        self.send_classes(&classes.collect::<Vec<_>>()).await?;
+        let classes: Vec<_> = classes.collect();
+        let (now, later) = classes.split_at(classes.len().min(CLASSES_AT_ONCE));
+        self.send_classes(now).await?;
+        if self.htb_devices().next().is_some() {
+            self.unsettled.extend(later.iter().map(|(number, _)| *number));
+        }
         for (number, (addresses, grant)) in numbers.iter().zip(grants) {
             let limits = self.limits(*number, *grant);
             let shaping = self.shaping()?;
@@ -307,11 +318,26 @@ impl Shaper {
             .filter(|(_, peer)| peer.addresses.is_empty())
             .map(|(number, _)| PeerNumber(*number))
             .collect();
-        for peer in emptied {
-            self.revoke(peer).await?;
-        }
+        self.revoke_all(&emptied).await?;
         self.fit_buffers().await?;
         Ok(numbers.into_iter().map(PeerNumber).collect())
+    }
+
+    /// Whether every peer has its classes.
+    pub fn is_settled(&self) -> bool {
+        self.unsettled.is_empty()
+    }
+
+    /// Makes some of the classes that are still to be made.
+    pub async fn settle(&mut self) -> Result<(), Error> {
+        let mut classes = Vec::new();
+        while classes.len() < CLASSES_AT_ONCE
+            && let Some(number) = self.unsettled.pop_front()
+        {
+            let peer = self.peers.get(&number);
+            classes.extend(peer.and_then(|peer| peer.grant).map(|grant| (number, grant)));
+        }
+        self.send_classes(&classes).await
     }
 
     /// Notes a peer and who has its addresses; answers with its number.
@@ -344,31 +370,36 @@ impl Shaper {
 
     /// Takes a peer's grant away; from then on nothing of it passes. One that is not there is no error.
     pub async fn revoke(&mut self, number: PeerNumber) -> Result<(), Error> {
-        let Some(peer) = self.peers.remove(&number.0) else {
-            return Ok(());
-        };
-        self.next = self.next.min(number.0);
-        for address in &peer.addresses {
-            self.owners.remove(address);
+        self.revoke_all(&[number]).await
+    }
+
+    /// The same for many at once.
+    pub async fn revoke_all(&mut self, numbers: &[PeerNumber]) -> Result<(), Error> {
+        let mut requests = Vec::new();
+        for PeerNumber(number) in numbers {
+            let Some(peer) = self.peers.remove(number) else {
+                continue;
+            };
+            self.next = self.next.min(*number);
+            for address in &peer.addresses {
+                self.owners.remove(address);
+            }
+            let shaping = self.shaping()?;
+            for address in peer.addresses {
+                shaping.forget_address(address)?;
+            }
+            shaping.set_limits(*number, [Limit::default(); 2])?;
+            let class = tc::peer_class(*number);
+            requests.extend(self.htb_devices().map(|(index, _)| tc::delete_class(index, class)));
         }
-        let shaping = self.shaping()?;
-        for address in peer.addresses {
-            shaping.forget_address(address)?;
-        }
-        shaping.set_limits(number.0, [Limit::default(); 2])?;
-        let class = tc::peer_class(number.0);
-        let devices = self.htb_devices();
-        let requests = devices.map(|(index, _)| tc::delete_class(index, class)).collect();
         self.host.traffic_control(requests).await
     }
 
     /// Takes every peer's grant away that is not among these: what an earlier daemon left and nobody wants any more.
     pub async fn retain(&mut self, wanted: &BTreeSet<PeerNumber>) -> Result<(), Error> {
-        let gone: Vec<_> = self.peers.keys().map(|number| PeerNumber(*number)).collect();
-        for number in gone.into_iter().filter(|number| !wanted.contains(number)) {
-            self.revoke(number).await?;
-        }
-        Ok(())
+        let numbers = self.peers.keys().map(|number| PeerNumber(*number));
+        let gone: Vec<_> = numbers.filter(|number| !wanted.contains(number)).collect();
+        self.revoke_all(&gone).await
     }
 
     /// Changes what peers are granted, [`abi::DOWN`] and [`abi::UP`]; those that are not there are left out. Who gets
@@ -516,7 +547,7 @@ impl Shaper {
         let free = (self.next..MAX_PEERS)
             .find(|number| !self.peers.contains_key(number))
             .ok_or_else(|| {
-                Error::Programs(crate::ebpf::Error::Full {
+                Error::from(crate::ebpf::Error::Full {
                     interface: self.config.interface.clone(),
                 })
             })?;

@@ -10,6 +10,7 @@ use dvpn_common::{
     abi::{Counter, Traffic},
     rate::Rate,
 };
+use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 
 use super::Admitted;
@@ -124,15 +125,28 @@ impl Grants {
     ) -> Result<(), host::Error> {
         let kept: BTreeSet<_> = clients.map(addresses).collect();
         let gone: Vec<_> = self.held.keys().filter(|held| !kept.contains(*held)).cloned().collect();
-        for addresses in gone {
-            if let Some(held) = self.held.remove(&addresses)
-                // An address that moved took its number along.
-                && self.held.values().all(|other| other.number != held.number)
-            {
-                self.shaper.revoke(held.number).await?;
-            }
+        let numbers: Vec<_> = gone
+            .iter()
+            .filter_map(|addresses| self.held.remove(addresses))
+            .map(|held| held.number)
+            .collect();
+        // A number whose addresses all moved to another client is that one's or nobody's.
+        let still: BTreeSet<_> = self.held.values().map(|held| held.number).collect();
+        let numbers: Vec<_> = numbers.into_iter().filter(|number| !still.contains(number)).collect();
+        if numbers.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.shaper.revoke_all(&numbers).await
+    }
+
+    /// Whether something is left to do for those who were granted their share; nothing of theirs passes until then.
+    pub(super) fn is_settled(&self) -> bool {
+        self.shaper.is_settled()
+    }
+
+    /// Does some of it.
+    pub(super) async fn settle(&mut self) -> Result<(), host::Error> {
+        self.shaper.settle().await
     }
 
     /// Repairs what others took away.
@@ -170,7 +184,7 @@ impl Grants {
 
 /// What a client's grant is known by: its addresses stay its own when it renews its key.
 pub(super) fn addresses(client: &Admitted) -> BTreeSet<IpAddr> {
-    client.addresses.iter().map(|address| address.ip()).collect()
+    client.addresses.iter().map(IpNetwork::ip).collect()
 }
 
 fn until(ends_at: Timestamp, (wall, instant): (Timestamp, Instant)) -> Instant {

@@ -227,6 +227,7 @@ impl<'a> Node<'a> {
                     .min(TICK)
             });
             let look_again = self.roster.watches(Instant::now());
+            let unsettled = self.grants.as_ref().is_some_and(|grants| !grants.is_settled());
             let until_report = self.report_at.map(|at| at.saturating_duration_since(Instant::now()));
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
@@ -245,6 +246,7 @@ impl<'a> Node<'a> {
                 Some(()) = changes.next(), if !self.networks.is_empty() => {
                     self.config.host.provider_refresh().await.map_err(Error::Host)?;
                 }
+                () = std::future::ready(()), if unsettled => self.settle_grants().await?,
                 () = tokio::time::sleep(look_again.unwrap_or_default()), if look_again.is_some() => self.look().await?,
                 () = tokio::time::sleep(until_expiry) => self.reconcile().await?,
                 () = tokio::time::sleep(until_report.unwrap_or(TICK)), if until_report.is_some() => self.report(echoes())?,
@@ -293,6 +295,13 @@ impl<'a> Node<'a> {
                 tracing::error!("{problem}");
                 config.status.send_modify(|status| status.problem = Some(problem));
             }
+        }
+    }
+
+    async fn settle_grants(&mut self) -> Result<(), Error> {
+        match &mut self.grants {
+            Some(grants) => grants.settle().await.map_err(Error::Host),
+            None => Ok(()),
         }
     }
 
@@ -600,13 +609,15 @@ impl<'a> Node<'a> {
             tracing::info!("counting for the last time: {}", with_sources(&error));
         }
         self.keeper.usage(self.usage);
+        // Nobody's grant is taken back one by one: when the peers are gone all of it goes.
+        let grants = self.grants.take();
         self.roster.set_prober(None);
         self.roster.clear();
         if let Err(error) = self.reconcile().await {
             tracing::info!("removing peers: {}", with_sources(&error));
         }
         let mut down = self.config.host.provider_down().await.map_err(Error::Host);
-        if let Some(grants) = self.grants.take() {
+        if let Some(grants) = grants {
             down = down.and(grants.close().await.map_err(Error::Host));
         }
         self.tunnel.close().await;

@@ -9,7 +9,6 @@ use std::{
 use dvpn_common::{
     ids::ProviderId,
     keys::{PrivateKey, PublicKey, VerifyingKey},
-    rate::Rate,
     status::{NodeStatus, Problem},
 };
 use dvpn_core::{

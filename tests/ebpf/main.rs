@@ -9,6 +9,7 @@
 )]
 
 mod bed;
+mod faults;
 mod live;
 mod rows;
 mod shaper;

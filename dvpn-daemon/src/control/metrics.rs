@@ -41,6 +41,7 @@ struct Inner {
 
 impl Metrics {
     /// Registers every metric.
+    #[expect(clippy::too_many_lines, reason = "a table: the name and the help of each metric")]
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         let gauge = |name: &str, help: &str| IntGauge::new(name, help).and_then(|m| register(&registry, m));

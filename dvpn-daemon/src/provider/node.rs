@@ -1,6 +1,7 @@
 //! The provider's one loop: what the pool says, what the owner allows and what time takes, carried out on the tunnel.
 
 mod arrivals;
+mod grants;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +13,6 @@ use std::{
 use dvpn_common::{
     contract::{RefusedPeer, Snapshot},
     keys::VerifyingKey,
-    rate::Rate,
 };
 use dvpn_core::{
     Now,
@@ -268,48 +268,6 @@ impl<'a> Node<'a> {
                     self.report(echoes())?;
                 }
             }
-        }
-    }
-
-    /// Gets ready to enforce grants. A machine that cannot is no provider for anybody; it stays registered and says so.
-    async fn prepare_grants(&mut self) {
-        let config = self.config;
-        let limit = config.limit_bits_per_second.map(Rate::from_bits_per_second);
-        let total = carried(*config.line.borrow());
-        let opened = match Grants::open(&config.host, &config.loader, limit).await {
-            Ok(mut grants) => grants.set_total(total).await.map(|()| grants),
-            Err(error) => Err(error),
-        };
-        match opened {
-            Ok(grants) => {
-                if grants.share().is_none() {
-                    tracing::warn!("what the line carries is not known yet: no clients are taken until it is");
-                }
-                self.grants = Some(grants);
-            }
-            Err(error) => {
-                let problem = format!(
-                    "grants cannot be enforced, no clients are taken: {}",
-                    with_sources(&error)
-                );
-                tracing::error!("{problem}");
-                config.status.send_modify(|status| status.problem = Some(problem));
-            }
-        }
-    }
-
-    async fn settle_grants(&mut self) -> Result<(), Error> {
-        match &mut self.grants {
-            Some(grants) => grants.settle().await.map_err(Error::Host),
-            None => Ok(()),
-        }
-    }
-
-    async fn size_grants(&mut self) -> Result<(), Error> {
-        let total = carried(*self.config.line.borrow());
-        match &mut self.grants {
-            Some(grants) => grants.set_total(total).await.map_err(Error::Host),
-            None => Ok(()),
         }
     }
 
@@ -627,11 +585,6 @@ impl<'a> Node<'a> {
             .send_modify(|status| *status = ProviderStatus::default());
         down
     }
-}
-
-/// What the line carries for others in each direction.
-fn carried(line: Known) -> Option<Rate> {
-    line.forwarded().map(|total| total.down)
 }
 
 fn now() -> Now {

@@ -27,6 +27,8 @@ passed=0 failed=0 skipped=0
 declare -a skips=()
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
+# Without the kernel programs no tier says anything. For every call of cargo, or it would build all anew in between.
+export DVPN_EBPF_REQUIRED=1
 
 # number_before WORD LINE: the count before WORD in a summary, or 0.
 number_before() { sed -nE "s/.*[^0-9]([0-9]+) $1([^a-z].*|$)/\1/p" <<<" $2" | grep . || echo 0; }
@@ -36,7 +38,7 @@ nextest() {
   local label=$1 status=0 summary
   shift
   say "$label: cargo nextest run $*"
-  DVPN_EBPF_REQUIRED=1 cargo nextest run --locked --no-tests fail "$@" 2>&1 | tee "$log" || status=$?
+  cargo nextest run --locked --no-tests fail "$@" 2>&1 | tee "$log" || status=$?
   summary=$(sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E '^ *Summary \[' | tail -n 1 || true)
   if [[ -z $summary ]]; then
     warn "$label did not come as far as a summary (exit $status)"
@@ -79,7 +81,7 @@ tier_netns() {
   local selection=("${system_packages[@]}" --bins) target
   for target in tunnel host hostile ebpf netns; do selection+=(--test "$target"); done
   say "netns: building programs and tests (profile lab)"
-  if ! DVPN_EBPF_REQUIRED=1 cargo build --locked --profile lab "${selection[@]}"; then
+  if ! cargo build --locked --profile lab "${selection[@]}"; then
     warn "the programs do not build"
     failed=$((failed + 1))
     return
@@ -97,7 +99,7 @@ tier_vm() {
   fi
   local brought program status=0 summary bad
   say "vm: building programs and tests (profile lab)"
-  if ! DVPN_EBPF_REQUIRED=1 cargo test --locked --profile lab "${system_packages[@]}" --bins --test vm --no-run 2>&1 |
+  if ! cargo test --locked --profile lab "${system_packages[@]}" --bins --test vm --no-run 2>&1 |
     tee "$log"; then
     warn "the programs do not build"
     failed=$((failed + 1))

@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const WEB_SITE: SocketAddr = SocketAddr::new(IpAddr::V4(WEB), 80);
 /// All that stands of the client's side.
 const STANDING: &str = "nft --stateless list table inet dvpn || true; ip rule; ip -6 rule; \
-                        ip route show table 3329; ip -6 route show table 3329";
+                        ip route show table 3329; ip route show table 3330; ip -6 route show table 3329";
 /// What others do to the machine is undone within this long; the figure is for a busy one.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(2);
 
@@ -230,7 +230,7 @@ fn what_others_do_to_rules_routes_and_firewall_lets_nothing_out_and_is_undone() 
     let namespace = world.ask().namespace();
     let sh = |script: &str| namespace.output("sh", &["-euc", script]);
     let standing = sh(
-        "nft --stateless list table inet dvpn; ip rule; ip -6 rule; ip route show table 3329; ip -6 route show table 3329; true",
+        "nft --stateless list table inet dvpn; ip rule; ip -6 rule; ip route show table 3329; ip route show table 3330; ip -6 route show table 3329; true",
     )?;
     let rows = [
         // Where the kernel lets a table be owned, nobody else can do this; elsewhere it is undone.
@@ -245,6 +245,7 @@ fn what_others_do_to_rules_routes_and_firewall_lets_nothing_out_and_is_undone() 
             "routes flushed",
             "ip route flush table 3329; ip -6 route flush table 3329",
         ),
+        ("routes to nobody flushed", "ip route flush table 3330"),
         ("addresses flushed", "ip addr flush dev dvpn0"),
         ("IPv6 address deleted", "ip -6 addr flush dev dvpn0 scope global"),
         ("link taken down", "ip link set dvpn0 down"),

@@ -1,6 +1,7 @@
 //! Removal of everything of ours, also what `kill -9` left.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -9,8 +10,8 @@ use netlink_packet_route::link::InfoKind;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::{
-    CLIENT_INTERFACE, CLIENT_TABLE, Error, Host, PROVIDER_INTERFACE, PROVIDER_TABLE, ROUTING_TABLE, netlink::or_gone,
-    nft, provider::restore_settings, shaping::intermediate_name,
+    CLIENT_INTERFACE, CLIENT_TABLE, Error, Host, NOBODY_TABLE, PROVIDER_INTERFACE, PROVIDER_TABLE, ROUTING_TABLE,
+    netlink::or_gone, nft, provider::restore_settings, shaping::intermediate_name,
 };
 
 impl Host {
@@ -37,6 +38,10 @@ impl Host {
         report.extend(counted(
             self.delete_routes(&[]).await,
             &format!("routes in table {ROUTING_TABLE}"),
+        ));
+        report.extend(counted(
+            self.set_dead_ends(&BTreeSet::new()).await,
+            &format!("routes in table {NOBODY_TABLE}"),
         ));
         let rules = match self.own_rules().await {
             Ok(rules) => self.delete_rules(rules).await,

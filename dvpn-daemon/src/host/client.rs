@@ -116,6 +116,13 @@ impl ClientSide {
         self.device.as_ref().filter(|_| stands)
     }
 
+    /// The interfaces by which nothing may be led beside the tunnel.
+    fn dead_ends(&self) -> BTreeSet<u32> {
+        let blocks = self.standing_device().is_some() && self.exemptions().is_some();
+        let outside = self.around.outside.iter().filter(|_| blocks);
+        outside.map(|(index, _)| *index).collect()
+    }
+
     /// Whether there is a table at all.
     fn has_table(&self) -> bool {
         self.standing_device().is_some() || !self.guarded.is_empty()
@@ -183,6 +190,11 @@ impl ClientSide {
                 Family::V6 => AddressFamily::Inet6,
             };
             selectors.push(Selector::Dhcp(family, ours, servers));
+        }
+        if self.exemptions().is_some() {
+            selectors.extend(FAMILIES.map(Selector::Marked));
+            let outside = self.around.outside.iter();
+            selectors.extend(outside.map(|(_, name)| Selector::Bound(name.clone())));
         }
         let networks: BTreeSet<IpNetwork> = self
             .around
@@ -310,7 +322,8 @@ impl Host {
         if !self.has_rules(&selectors).await? {
             return Ok(Some("rules"));
         }
-        Ok((!self.has_routes(&wanted).await?).then_some("routes"))
+        let stand = self.has_routes(&wanted).await? && side.dead_ends().is_subset(&self.dead_ends().await?);
+        Ok((!stand).then_some("routes"))
     }
 
     /// Makes the client's addresses, routes and rules equal to `network`, replacing what was there of ours.
@@ -374,6 +387,7 @@ impl Host {
                 self.add_route(default, None).await?;
             }
         }
+        self.set_dead_ends(&side.dead_ends()).await?;
         let stale = self.add_rules(&selectors).await?;
         if side.network.is_none() {
             // While a rule stands, its table still answers "unreachable".

@@ -50,6 +50,8 @@ pub use crate::tunnel::{CLIENT_INTERFACE, PROVIDER_INTERFACE};
 
 /// Routing table of everything that goes through the tunnel.
 pub const ROUTING_TABLE: u32 = 0x0d01;
+/// In device mode, where IPv4 leads that is bound to an interface beside the tunnel.
+pub const NOBODY_TABLE: u32 = 0x0d02;
 /// Protocol number (`rtm_protocol`, `FRA_PROTOCOL`) of our routes and rules; free in iproute2's `rt_protos`.
 pub const PROTOCOL: u8 = 213;
 /// Priority of our rules: before wg-quick's (32764), Tailscale's (5210) and the main table's (32766).

@@ -59,6 +59,8 @@ pub(super) struct Neighbourhood {
     pub(super) neighbours: Vec<Neighbour>,
     /// The names of the interfaces that lead to the internet.
     pub(super) uplinks: Vec<String>,
+    /// Index and name of every interface, but for loopback and tunnels, by which IPv4 can be led to nobody.
+    pub(super) outside: Vec<(u32, String)>,
 }
 
 impl Host {
@@ -66,7 +68,12 @@ impl Host {
     pub(super) async fn neighbourhood(&self, lan: bool) -> Result<Neighbourhood, Error> {
         let uplinks = self.uplinks().await?;
         let links = self.links().await?;
+        let ours = ["lo", CLIENT_INTERFACE, PROVIDER_INTERFACE];
+        let outside = links
+            .iter()
+            .filter(|link| link.asks && !ours.contains(&link.name.as_str()));
         Ok(Neighbourhood {
+            outside: outside.map(|link| (link.index, link.name.clone())).collect(),
             neighbours: judge(&links, &self.addresses().await?, &uplinks, lan),
             uplinks: links
                 .into_iter()
@@ -135,6 +142,7 @@ mod tests {
             name: name.to_owned(),
             kind,
             has_carrier: true,
+            asks: true,
             controller,
         }
     }

@@ -1,6 +1,7 @@
 //! rtnetlink as the other files use it: typed reads, and changes that say what they were about.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
@@ -11,15 +12,19 @@ use netlink_packet_route::{
     AddressFamily, IpProtocol,
     address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope},
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
-    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    route::{
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    },
     rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage, RulePortRange},
 };
 use rtnetlink::{IpVersion, LinkUnspec};
 use tokio::time::sleep;
 
-use super::{Error, Host, PROTOCOL, ROUTING_TABLE, RULE_PRIORITY};
+use super::{Error, Host, NOBODY_TABLE, PROTOCOL, ROUTING_TABLE, RULE_PRIORITY};
 use crate::tunnel::{FWMARK, FWMARK_MASK};
 
+/// The dummy address that no machine has (RFC 7600).
+const NOBODY: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
 /// How often a read is repeated, and how soon.
 const READ_TRIES: u32 = 20;
 const READ_AGAIN_AFTER: Duration = Duration::from_millis(5);
@@ -31,6 +36,8 @@ pub(super) struct Link {
     pub(super) kind: Option<InfoKind>,
     /// Whether the layer below is there: a cable, an access point, the other end of a pair.
     pub(super) has_carrier: bool,
+    /// Whether it is up and asks who has an address before it sends there (ARP).
+    pub(super) asks: bool,
     /// The bridge or bond that it is a port of.
     pub(super) controller: Option<u32>,
 }
@@ -57,6 +64,10 @@ pub(super) enum Selector {
     Dhcp(AddressFamily, u16, u16),
     /// Those to this network: the main table.
     To(IpNetwork),
+    /// Those with our mark: the main table.
+    Marked(AddressFamily),
+    /// IPv4 bound to this interface: the table that leads to nobody.
+    Bound(String),
     /// Those without our mark: our table.
     Unmarked(AddressFamily),
 }
@@ -69,7 +80,9 @@ impl Selector {
             | Self::From(family, _)
             | Self::Answer(family, ..)
             | Self::Dhcp(family, ..)
+            | Self::Marked(family)
             | Self::Unmarked(family) => *family,
+            Self::Bound(_) => AddressFamily::Inet,
             Self::Source(address) => of(address.is_ipv4()),
             Self::To(network) => of(network.is_ipv4()),
         }
@@ -78,7 +91,10 @@ impl Selector {
     fn table(&self) -> u32 {
         match self {
             Self::Interface(..) | Self::Source(_) | Self::Unmarked(_) => ROUTING_TABLE,
-            Self::From(..) | Self::Answer(..) | Self::Dhcp(..) | Self::To(_) => u32::from(RouteHeader::RT_TABLE_MAIN),
+            Self::Bound(_) => NOBODY_TABLE,
+            Self::From(..) | Self::Answer(..) | Self::Dhcp(..) | Self::To(_) | Self::Marked(_) => {
+                u32::from(RouteHeader::RT_TABLE_MAIN)
+            }
         }
     }
 
@@ -86,7 +102,9 @@ impl Selector {
         match self {
             Self::Interface(..) | Self::Source(_) => RULE_PRIORITY,
             Self::From(..) | Self::Answer(..) | Self::Dhcp(..) | Self::To(_) => RULE_PRIORITY + 1,
-            Self::Unmarked(_) => RULE_PRIORITY + 2,
+            Self::Marked(_) => RULE_PRIORITY + 2,
+            Self::Bound(_) => RULE_PRIORITY + 3,
+            Self::Unmarked(_) => RULE_PRIORITY + 4,
         }
     }
 
@@ -98,7 +116,8 @@ impl Selector {
         rule.header.action = RuleAction::ToTable;
         let one = |port: u16| RulePortRange { start: port, end: port };
         let own = match self {
-            Self::Interface(_, name) => vec![RuleAttribute::Oifname(name.clone())],
+            Self::Interface(_, name) | Self::Bound(name) => vec![RuleAttribute::Oifname(name.clone())],
+            Self::Marked(_) => vec![RuleAttribute::FwMark(FWMARK), RuleAttribute::FwMask(FWMARK_MASK)],
             Self::From(_, name) => vec![RuleAttribute::Iifname(name.clone())],
             Self::Source(address) => {
                 rule.header.src_len = if address.is_ipv4() { 32 } else { 128 };
@@ -179,6 +198,7 @@ pub(super) fn link_of(message: &LinkMessage) -> Link {
         name: String::new(),
         kind: None,
         has_carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        asks: message.header.flags.contains(LinkFlags::Up) && !message.header.flags.contains(LinkFlags::Noarp),
         controller: None,
     };
     for attribute in &message.attributes {
@@ -244,6 +264,12 @@ pub(super) fn destination_of(message: &RouteMessage) -> Option<IpNetwork> {
 
 pub(super) fn is_own_route(route: &RouteMessage) -> bool {
     table_of(route) == ROUTING_TABLE && route.header.protocol == RouteProtocol::Other(PROTOCOL)
+}
+
+/// The interface of a route that leads to nobody.
+pub(super) fn to_nobody(route: &RouteMessage) -> Option<u32> {
+    let ours = table_of(route) == NOBODY_TABLE && route.header.protocol == RouteProtocol::Other(PROTOCOL);
+    oif_of(route).filter(|_| ours)
 }
 
 /// Where a route of ours leads, and by which interface.
@@ -428,6 +454,61 @@ impl Host {
         let what = format!("adding a route to {to} in table {ROUTING_TABLE}");
         let request = self.netlink().route().add(route).replace();
         request.execute().await.map_err(|source| Error::Change { what, source })
+    }
+
+    /// The interfaces by which IPv4 leads to nobody.
+    pub(super) async fn dead_ends(&self) -> Result<BTreeSet<u32>, Error> {
+        Ok(self.routes().await?.iter().filter_map(to_nobody).collect())
+    }
+
+    /// Makes IPv4 lead to nobody by these interfaces and no others; says how many were taken away.
+    ///
+    /// A packet bound to an interface whose routing says "unreachable" is sent all the same, as if everybody were on its
+    /// link (`ip_route_output_key_hash_rcu` in net/ipv4/route.c). So there is a next hop for it, which no machine is
+    /// (RFC 7600): it waits for an answer to ARP that never comes.
+    pub(super) async fn set_dead_ends(&self, interfaces: &BTreeSet<u32>) -> Result<usize, Error> {
+        let (mut count, mut there) = (0, BTreeSet::new());
+        for route in self.routes().await? {
+            let Some(interface) = to_nobody(&route) else {
+                continue;
+            };
+            if interfaces.contains(&interface) {
+                there.insert(interface);
+                continue;
+            }
+            count += 1;
+            or_gone(
+                self.netlink().route().del(route).execute().await,
+                "removing a route to nobody",
+            )?;
+        }
+        for interface in interfaces.difference(&there) {
+            let mut route = RouteMessage::default();
+            route.header.address_family = AddressFamily::Inet;
+            route.header.table = RouteHeader::RT_TABLE_UNSPEC;
+            route.header.protocol = RouteProtocol::Other(PROTOCOL);
+            route.header.scope = RouteScope::Universe;
+            route.header.kind = RouteType::Unicast;
+            route.header.flags = RouteFlags::Onlink;
+            route.attributes = vec![
+                RouteAttribute::Table(NOBODY_TABLE),
+                RouteAttribute::Gateway(RouteAddress::Inet(NOBODY)),
+                RouteAttribute::Oif(*interface),
+                // One for each: without it the next would be the same route.
+                RouteAttribute::Priority(*interface),
+            ];
+            // An interface that goes down or away meanwhile sends nothing.
+            match self.netlink().route().add(route).replace().execute().await {
+                Err(rtnetlink::Error::NetlinkError(message))
+                    if matches!(-message.raw_code(), libc::ENETDOWN | libc::ENODEV) => {}
+                Err(source) => {
+                    let what = format!("adding a route to nobody in table {NOBODY_TABLE}");
+                    return Err(Error::Change { what, source });
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(count)
     }
 
     /// Adds a rule; one that is there already is no error.

@@ -15,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     CLIENT_INTERFACE, CLIENT_TABLE, Error, Host,
-    netlink::{is_own_route, link_of},
+    netlink::{is_own_route, link_of, to_nobody},
     nft,
 };
 
@@ -107,7 +107,7 @@ fn is_loss(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
         return false;
     };
     match inner {
-        RouteNetlinkMessage::DelRoute(route) => is_own_route(route),
+        RouteNetlinkMessage::DelRoute(route) => is_own_route(route) || to_nobody(route).is_some(),
         RouteNetlinkMessage::NewLink(link) => {
             link_of(link).name == CLIENT_INTERFACE && !link.header.flags.contains(LinkFlags::Up)
         }

@@ -37,8 +37,11 @@ pub enum Error {
         /// Who.
         target: Target,
     },
-    /// It says that it got something else than it was sent.
-    #[error("{target} miscounts what it is sent: give BANDWIDTH_TEST_URL another server")]
+    /// It does not say that it got what it was sent.
+    #[error(
+        "{target} does not say that it got the bytes it was sent, as a pool's /speed does: give BANDWIDTH_TEST_URL \
+         another server"
+    )]
     Disagrees {
         /// Who.
         target: Target,
